@@ -1,13 +1,14 @@
 """Pipeline schedules as pure data: which rank runs which step in which order.
 
-A model cut into ``num_ranks * stages_per_rank`` stages trains on ``micro_batches`` micro-batches. A schedule is one
-row of steps a rank and nothing else: the runtime interprets it, planners read its bubbles and its memory off it,
-tests draw it. ``timeline.py`` simulates, checks and draws what this file builds.
+A model cut into ``num_ranks * stages_per_rank`` stages trains on ``micro_batches`` micro-batches. A schedule
+is one row of steps a rank and nothing else: the runtime interprets it, planners read its bubbles and its
+memory off it, tests draw it. ``timeline.py`` simulates and draws what this file builds,
+``schedule_checks.py`` judges what it did not build.
 
-Every kind sends micro-batches over a link in the order in which the receiver takes them, for activations and for
-gradients apart, so that both ends agree on what comes next without a word: links are plain FIFO queues. A stage
-sees its micro-batches in ascending order, so kinds add up gradients alike: they differ in time and memory, not in
-the result.
+Every kind sends micro-batches over a link in the order in which the receiver takes them, for activations and
+for gradients apart, so that both ends agree on what comes next without a word: links are plain FIFO queues.
+A stage sees its micro-batches in ascending order, so kinds add up gradients alike: they differ in time and
+memory, not in the result.
 
 - GPipe (1811.06965): all forwards, then all backwards.
 - 1F1B (PipeDream-Flush, 2006.09503): just enough forwards to keep the ranks below busy, then alternate.
@@ -118,8 +119,8 @@ def build(
 ) -> PipelineSchedule:
     """The schedule of ``kind``; ConfigError lists what is impossible.
 
-    Only interleaved leaves ``stages_per_rank`` to the caller. ZBV has two by its nature, except on one rank, where
-    there is nothing to hide and the caller may say one.
+    Only interleaved leaves ``stages_per_rank`` to the caller. ZBV has two by its nature, except on one rank,
+    where there is nothing to hide and the caller may say one.
     """
     raise_if(_problems(kind, num_ranks, micro_batches, stages_per_rank))
     if kind is Schedule.ZBV and num_ranks > 1:
@@ -233,19 +234,20 @@ def _alternate(forwards: Iterator[Step], backwards: Iterator[Step], *, warmup: i
 def _zbv(rank: int, num_ranks: int, micro_batches: int) -> Iterator[Step]:
     """Zero bubble on a V: rank r holds stage ``down = r`` and stage ``up = 2p - 1 - r``.
 
-    Let F, I and W cost one tick each. Micro-batch 0 reaches (down, r) at tick r and comes back to (up, r) at tick
-    ``2p - 1 - r``, which leaves room for ``2 (p - r) - 1`` forwards of `down`. The loss is known on rank 0, so the
-    gradient sets out where the activation set out: it reaches (up, r) at tick ``2p + r``, after ``2r + 1`` more
-    ticks, filled with forwards of `up` and `down` in turn. By then every rank holds ``2p`` half-stage activations,
-    just the ``p`` whole ones of 1F1B's first rank, and from here on an I and a W free one for each forward. Until a
-    gradient comes back to `down` these triples run on `up` alone, ``p - r`` times; they hold up the gradient by two
-    ticks a rank on its way back to rank 0, so that it arrives just after they end. From there the steady state
-    ``F I W`` of `down`, ``F I W`` of `up` repeats without an idle tick. When forwards run out the I's go first,
-    since others wait for them, and the W's put off fill the end. Rank r thus works from tick r to tick ``6m + r``
-    without a pause, and the bubble of ``p - 1`` ticks is only the ranks' different start.
+    Let F, I and W cost one tick each. Micro-batch 0 reaches (down, r) at tick r and comes back to (up, r) at
+    tick ``2p - 1 - r``, which leaves room for ``2 (p - r) - 1`` forwards of `down`. The loss is known on
+    rank 0, so the gradient sets out where the activation set out: it reaches (up, r) at tick ``2p + r``,
+    after ``2r + 1`` more ticks, filled with forwards of `up` and `down` in turn. By then every rank holds
+    ``2p`` half-stage activations, just the ``p`` whole ones of 1F1B's first rank, and from here on an I and
+    a W free one for each forward. Until a gradient comes back to `down` these triples run on `up` alone, ``p
+    - r`` times: rank r starts them one tick before rank r + 1 and has one more of them, so it ends them two
+    ticks later, and that is when rank r + 1 has passed the gradient on. From there the steady state ``F I
+    W`` of `down`, ``F I W`` of `up` repeats without an idle tick. When forwards run out the I's go first,
+    since others wait for them, and the W's put off fill the end. Rank r thus works from tick r to tick ``6m
+    + r`` without a pause: the bubble of ``p - 1`` ticks is only the ranks' different start.
 
-    The phases below are those of ``n = max(m, 2p - 1)`` micro-batches, the fewest that fill the pattern. The surplus
-    is left out, and what remains of an order without deadlock cannot deadlock.
+    The phases below are those of ``n = max(m, 2p - 1)`` micro-batches, the fewest that fill the pattern. The
+    surplus is left out, and what remains of an order without deadlock cannot deadlock.
     """
     n = max(micro_batches, 2 * num_ranks - 1)
     below = num_ranks - rank
