@@ -1,0 +1,247 @@
+"""DDP and ZeRO-1 on flat buckets, which know of tensor and pipeline parallelism.
+
+Parameters are views of a few flat buffers, in the order in which backward reaches them. As soon as the last
+micro-batch has left a gradient for each parameter of a bucket, its reduction starts, while backward goes on with
+earlier layers:
+
+- DDP sums the flat gradient over the replicas; each replica updates everything.
+- ZeRO-1 (Rajbhandari et al. 2020, P_os) scatters the sum: each replica keeps 1/dp of the gradient and of the
+  optimizer's states, updates its slice of the flat parameters, and gathers the others' slices, while the next batch is
+  being fetched::
+
+      backward ──► flat gradient ──reduce-scatter──► slice ──optimizer──► slice of flat parameters ──all-gather──► model
+
+torch's DDP is not used since it neither takes DTensor parameters nor can tell which backward of a pipeline is the
+last. Here readiness is counted: a parameter is ready after as many gradients as there are micro-batches, whatever
+their order. Buckets are reduced strictly in their order, so that all replicas issue the same collectives.
+
+Norms under sequence parallelism see only their own tokens, so their gradients are partial sums over tp. They live in
+buckets of their own, which are summed over tp before they are reduced over the replicas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from .collectives import all_gather, reduce_scatter
+from .context import Parallel
+from .shards import Segment, Shard, is_decayed
+
+BUCKET_BYTES = 25 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Parameters with the same kind can share a bucket."""
+
+    dtype: torch.dtype
+    decay: bool
+    over_tp: bool
+    """replicated over tp: gradients are partial sums"""
+
+
+@dataclass(eq=False, slots=True)
+class _Bucket:
+    kind: _Kind
+    params: list[nn.Parameter]
+    names: list[str]
+    starts: list[int]
+    flat: Tensor
+    """all parameters, padded to a multiple of the sharding degree"""
+    gradient: Tensor
+    shard: Shard
+    missing: int = 0
+    """gradients still to come in this step"""
+    work: dist.Work | None = field(default=None)
+
+
+class Buckets:
+    """Data parallelism of the parameters of ``modules``; a ``shards.DataParallelism``.
+
+    ``sharded`` chooses ZeRO-1 instead of DDP. The parameters' storage is replaced by views of the buckets.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        parallel: Parallel,
+        *,
+        sharded: bool,
+        micro_batches: int,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self._dp = parallel.groups.axis("dp")
+        self._tp = parallel.groups.axis("tp")
+        self._dp_rank = parallel.coordinates["dp"]
+        self._degrees = parallel.degrees
+        self._sharded = sharded and parallel.degrees.dp > 1
+        self._micro_batches = micro_batches
+        self._modules = list(modules)
+        self._buckets: list[_Bucket] = []
+        self._home: dict[nn.Parameter, tuple[_Bucket, Tensor]] = {}
+        self._counts: dict[nn.Parameter, int] = {}
+        self._next = 0
+        named = [(name, param) for module in modules for name, param in module.named_parameters()]
+        # Backward reaches the last parameters first.
+        for group in _grouped(list(reversed(named)), bucket_bytes):
+            self._buckets.append(self._flatten(group))
+        for module in modules:
+            self._adopt(module)
+        self.shards: Sequence[Shard] = [bucket.shard for bucket in self._buckets]
+        self._restart()
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _flatten(self, named: Sequence[tuple[str, nn.Parameter]]) -> _Bucket:
+        kind = _kind(named[0][1])
+        locals_ = [_local(param.detach()) for _, param in named]
+        starts, total = [], 0
+        for tensor in locals_:
+            starts.append(total)
+            total += tensor.numel()
+        parts = self._degrees.dp if self._sharded else 1
+        size = -(-total // parts)
+        flat = locals_[0].new_zeros(size * parts)
+        gradient = torch.zeros_like(flat)
+        for tensor, start in zip(locals_, starts, strict=True):
+            flat[start : start + tensor.numel()].copy_(tensor.flatten())
+        first = size * self._dp_rank if self._sharded else 0
+        owned = nn.Parameter(flat[first : first + size])
+        owned.grad = torch.zeros_like(owned) if self._sharded else gradient
+        segments = tuple(
+            Segment(name, max(start, first) - first, min(start + tensor.numel(), first + size) - first)
+            for (name, _), tensor, start in zip(named, locals_, starts, strict=True)
+            if start < first + size and start + tensor.numel() > first
+        )
+        copies = (self._degrees.tp if kind.over_tp else 1) * (1 if self._sharded else self._degrees.dp)
+        shard = Shard(owned, segments, copies, kind.decay)
+        names, params = [name for name, _ in named], [param for _, param in named]
+        return _Bucket(kind, params, names, starts, flat, gradient, shard)
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Make the parameters of ``module`` views of their buckets, and count their gradients."""
+        places = {param: (bucket, i) for bucket in self._buckets for i, param in enumerate(bucket.params)}
+        for owner in module.modules():
+            for name, param in list(owner.named_parameters(recurse=False)):
+                bucket, i = places[param]
+                local = _local(param.detach())
+                span = slice(bucket.starts[i], bucket.starts[i] + local.numel())
+                view = bucket.flat[span].view(local.shape)
+                if isinstance(param, DTensor):
+                    view = DTensor.from_local(
+                        view, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+                    )
+                viewing = nn.Parameter(view)
+                setattr(owner, name, viewing)
+                bucket.params[i] = viewing
+                self._home[viewing] = bucket, bucket.gradient[span].view(local.shape)
+                viewing.register_post_accumulate_grad_hook(self._take)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _restart(self) -> None:
+        self._next = 0
+        self._counts = dict.fromkeys(self._home, 0)
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.params) * self._micro_batches
+
+    def before(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
+        """Nothing to do; see MicrobatchHooks."""
+
+    def after(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
+        """Take the gradients that W has left without autograd's hooks; see MicrobatchHooks."""
+        if op == "W":
+            for param in self._home:
+                if param.grad is not None:
+                    self._take(param)
+
+    @torch.no_grad()
+    def _take(self, param: Tensor) -> None:
+        """Add the gradient that backward has just left into the bucket."""
+        assert isinstance(param, nn.Parameter)
+        bucket, place = self._home[param]
+        gradient = param.grad
+        param.grad = None
+        assert gradient is not None
+        local = self._as_summand(gradient, bucket)
+        if self._counts[param] == 0:
+            place.copy_(local)
+        else:
+            place.add_(local)
+        self._counts[param] += 1
+        bucket.missing -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._start(self._buckets[self._next])
+            self._next += 1
+
+    def _as_summand(self, gradient: Tensor, bucket: _Bucket) -> Tensor:
+        """The local tensor whose sum over tp is the gradient, for buckets that are summed over tp."""
+        if not isinstance(gradient, DTensor):
+            return gradient
+        local = gradient.to_local()
+        if bucket.kind.over_tp and not isinstance(gradient.placements[0], Partial):
+            return local / self._degrees.tp
+        return local
+
+    def _start(self, bucket: _Bucket) -> None:
+        if bucket.kind.over_tp:
+            dist.all_reduce(bucket.gradient, group=self._tp)
+        if self._degrees.dp == 1:
+            return
+        if self._sharded:
+            bucket.work = reduce_scatter(bucket.shard.gradient, bucket.gradient, group=self._dp)
+        else:
+            bucket.work = dist.all_reduce(bucket.gradient, group=self._dp, async_op=True)
+
+    def reduce(self) -> None:
+        """Wait until every bucket's sum has arrived; see DataParallelism."""
+        short = [name for b in self._buckets if b.missing for name, p in zip(b.names, b.params, strict=True)
+                 if self._counts[p] < self._micro_batches]
+        if short:
+            raise RuntimeError(f"no gradient in some micro-batch for {', '.join(short)}")
+        self._wait()
+        self._restart()
+
+    def updated(self) -> None:
+        """Start gathering the slices that the other replicas have updated; see DataParallelism."""
+        if self._sharded:
+            for bucket in reversed(self._buckets):
+                bucket.work = all_gather(bucket.flat, bucket.shard.param.detach(), group=self._dp)
+
+    def gather(self) -> None:
+        """Wait for the parameters; see DataParallelism."""
+        self._wait()
+
+    def _wait(self) -> None:
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _kind(param: nn.Parameter) -> _Kind:
+    over_tp = isinstance(param, DTensor) and all(isinstance(p, Replicate) for p in param.placements)
+    return _Kind(param.dtype, is_decayed(param), over_tp)
+
+
+def _grouped(
+    named: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int
+) -> list[list[tuple[str, nn.Parameter]]]:
+    """Cut into runs of one kind and at most ``bucket_bytes`` (or one parameter), by the time each run is complete."""
+    done: list[list[tuple[str, nn.Parameter]]] = []
+    filling: dict[_Kind, list[tuple[str, nn.Parameter]]] = {}
+    for name, param in named:
+        run = filling.setdefault(_kind(param), [])
+        if run and sum(_local(p).nbytes for _, p in run) + _local(param).nbytes > bucket_bytes:
+            done.append(filling.pop(_kind(param)))
+            run = filling.setdefault(_kind(param), [])
+        run.append((name, param))
+    return done + list(filling.values())

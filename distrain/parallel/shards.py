@@ -1,0 +1,88 @@
+"""The part of the model states that this rank's optimizer owns, in one form for every way of sharing them.
+
+Whatever the layout, an optimizer sees a list of ``Shard``: local parameter and gradient of the same shape, cut into
+segments by the parameters they belong to. DDP and ZeRO-1 give a few flat shards (``buckets.py``), FSDP2 and HSDP one
+a parameter (``fsdp.py``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Elements ``start`` to ``stop`` (half-open) of a flattened shard belong to the parameter ``name``."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A piece of parameters that this rank updates. ``gradient`` is valid between ``reduce`` and the next backward."""
+
+    param: Tensor
+    """float; a leaf that views the storage the model computes with"""
+    segments: tuple[Segment, ...]
+    copies: int
+    """ranks of the whole job that update the same elements"""
+    decay: bool
+    """weight decay applies (matrices, not norms)"""
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of ``param``, summed over all replicas."""
+        assert self.param.grad is not None
+        return self.param.grad
+
+
+class DataParallelism(Protocol):
+    """How replicas share gradients and states; also ``MicrobatchHooks`` of the pipeline runtime."""
+
+    shards: Sequence[Shard]
+
+    def before(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
+        """See MicrobatchHooks."""
+
+    def after(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
+        """See MicrobatchHooks."""
+
+    def gather(self) -> None:
+        """Make the model's parameters whole before a forward pass."""
+
+    def reduce(self) -> None:
+        """Finish summing the gradients of the step over all replicas; afterwards the shards' gradients are valid."""
+
+    def updated(self) -> None:
+        """The optimizer has written the shards: start spreading the new parameters."""
+
+
+def is_decayed(param: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return param.dim() > 1
+
+
+def squared_norms(tensors: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
+    """Sum over ``tensors`` of squared elements, each counted 1 / copies; scalar of the widest dtype."""
+    norms = torch._foreach_norm(list(tensors))
+    return torch.stack([norm**2 / count for norm, count in zip(norms, copies, strict=True)]).sum()
+
+
+def global_norm(shards: Sequence[Shard], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Norm of the whole model's gradient, over all axes: every rank gets the same scalar."""
+    total = squared_norms([shard.gradient for shard in shards], [shard.copies for shard in shards])
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def clip_(shards: Sequence[Shard], norm: Tensor, *, largest: float) -> None:
+    """Scale all gradients so that their global norm is at most ``largest``."""
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([shard.gradient for shard in shards], factor)
