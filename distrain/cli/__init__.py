@@ -1,8 +1,9 @@
 """The command line: a table of verbs, and the one place where an error becomes an exit code.
 
-A verb lives in the file of its name and is imported when it is called, so ``distrain --help`` costs what Typer
-costs and one broken verb leaves the others standing. The file exposes, under the verb's name, a function with
-Typer annotations, or a Typer app where the verb has verbs of its own. What it returns is the exit code; None is 0.
+A verb lives in the file of its name and is imported when it is called, so ``distrain --help`` costs what
+Typer costs and one broken verb leaves the others standing. The file exposes, under its own name, a function
+with Typer annotations, or a Typer app where the verb has verbs of its own. What it returns is the exit code;
+None is 0.
 """
 
 import sys
@@ -44,7 +45,7 @@ VERBS = {
 
 
 class _RawCommand(TyperCommand):
-    """Hands the words after the verb through untouched: parsing would swallow ``--`` and refuse strange flags."""
+    """Hands the words after the verb through untouched: parsing would swallow ``--`` and refuse flags."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.args = list(args)
@@ -128,7 +129,7 @@ def _distrain(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``distrain argv``; its exit code is 0 done, 1 failed, 2 usage, 3 configuration or 130 interrupted."""
+    """Run ``distrain argv``; the exit code is 0 done, 1 failed, 2 usage, 3 configuration, 130 interrupted."""
     try:
         app(args=sys.argv[1:] if argv is None else list(argv), prog_name="distrain")
     except SystemExit as stop:

@@ -51,7 +51,7 @@ class _Entry:
 def load(
     path: str | Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> Loaded:
-    """Read the config at ``path`` (.toml or .json); lay environment and overrides (``"train.steps=5"``) over it.
+    """Read the config at ``path`` (.toml or .json); lay environment and overrides (``"a.b=5"``) over it.
 
     Raises:
         ConfigError: lists every problem of every layer. Whether the values can work together is another
@@ -171,7 +171,7 @@ def _table_entries(tables: Mapping[str, Any], origin_of: Callable[[str], str]) -
 
 
 def _environment_entries(environ: Mapping[str, str]) -> Iterator[_Entry]:
-    """``DISTRAIN_TRAIN__STEPS``, ``DISTRAIN_SEED``; other names without a double underscore are not config."""
+    """``DISTRAIN_TRAIN__STEPS``, ``DISTRAIN_SEED``; other names without double underscore are not config."""
     top = {key for key in _kinds() if "." not in key} | {"parallel"}
     for variable, value in environ.items():
         key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
@@ -200,7 +200,7 @@ def _entry(key: str, value: Any, origin: str, *, typed: bool) -> _Entry:
 
 
 def _key_lines(text: str) -> dict[str, int]:
-    """Line of each table and ``key = value`` by dotted key; no TOML parser, so only origins may rest on it."""
+    """Line of each table and ``key = value`` by dotted key; not a parser, so only origins may rest on it."""
     lines: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), start=1):
@@ -217,11 +217,11 @@ def _key_lines(text: str) -> dict[str, int]:
 
 def _convert(value: Any, kind: type) -> Any:
     """``value`` as ``kind``: an int may stand for a float, nothing else is converted."""
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
     if issubclass(kind, StrEnum):
         return kind(value)
-    if type(value) is not kind:
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(value)
     return value
 
@@ -253,7 +253,7 @@ def _wrong_type(entry: _Entry, kind: type) -> Problem:
 
 
 def _unknown(entry: _Entry) -> Problem:
-    """Nearest match: among the table's keys if the table is known, otherwise a table or a key of that name."""
+    """Nearest match: among the table's keys if the table is known, otherwise a table or key of that name."""
     table, dot, leaf = entry.key.partition(".")
     if table in _tables():
         keys = [key.partition(".")[2] for key in _kinds() if key.startswith(f"{table}.")]

@@ -1,0 +1,191 @@
+"""Whether the values of a RunConfig can work together: pure, and all problems at once.
+
+``check_layout`` (of ``layout.py``) knows the arithmetic of parallel layouts; ``check_run`` adds ranges, choices,
+paths and the ladder of timeouts. Both return problems instead of raising, so that callers can add their own before
+``raise_if``. Neither needs torch or starts anything.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from .config import DataConfig, ParallelConfig, RunConfig, flatten
+from .errors import Problem, nearest
+from .layout import check_layout, check_mesh, check_model
+from .timeouts import check_ladder
+from .vocabulary import DEVICES, PRESETS, DataParallel, ModelShape, Schedule
+
+__all__ = ["BYTE_TOKENS", "CHOICES", "check_layout", "check_run"]
+
+BYTE_TOKENS = 258
+"""tokens of the byte tokenizer: 256 bytes, beginning and end of a document"""
+
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "model.preset": tuple(PRESETS),
+        "data.source": ("stdlib", "text", "tokens"),
+        "data.packing": ("fixed", "documents"),
+        "optimizer.name": ("adamw", "lamb"),
+        "train.dtype": ("float32", "bfloat16", "float64"),
+        "launch.device": ("auto", "cpu", "cuda"),
+        "cluster.device": ("", *DEVICES),
+    }
+)
+
+_Range = tuple[Callable[[float], bool], str]
+
+
+def _at_least(least: int) -> _Range:
+    return (lambda value: value >= least), f"{least} or more"
+
+
+_POSITIVE: _Range = (lambda value: value > 0), "more than 0"
+_BETA: _Range = (lambda value: 0 <= value < 1), "0 or more and less than 1"
+
+# What check_layout looks at is not repeated here.
+_RANGES: Mapping[str, _Range] = MappingProxyType(
+    {
+        "seed": ((lambda value: 0 <= value < 2**63), "0 to 2^63 - 1"),
+        "model.rope_theta": _at_least(0),
+        "model.window": _at_least(0),
+        "data.held_out": ((lambda value: 0 < value <= 0.5), "more than 0, at most 0.5"),
+        "optimizer.lr": _POSITIVE,
+        "optimizer.min_lr": _at_least(0),
+        "optimizer.beta1": _BETA,
+        "optimizer.beta2": _BETA,
+        "optimizer.eps": _POSITIVE,
+        "optimizer.weight_decay": _at_least(0),
+        "optimizer.clip": _at_least(0),
+        "optimizer.warmup_steps": _at_least(0),
+        "train.steps": _at_least(1),
+        "train.eval_every": _at_least(0),
+        "train.eval_sequences": _at_least(1),
+        "train.log_every": _at_least(1),
+        "launch.ranks": _at_least(1),
+        "cluster.devices_per_node": _at_least(1),
+        "cluster.host_memory_gib": _at_least(0),
+    }
+)
+
+
+def check_run(config: RunConfig, world_size: int) -> list[Problem]:
+    """Everything that keeps ``config`` from running on ``world_size`` ranks.
+
+    With ``parallel = "auto"`` the layout is the planner's affair, and only what no layout can mend is listed.
+    """
+    parallel, data = config.parallel, config.data
+    if parallel.auto:  # one rank is the layout that no machine refuses
+        parallel, world_size = ParallelConfig(), 1
+    degrees = parallel.degrees(world_size)
+    if parallel.schedule is Schedule.INTERLEAVED:  # degrees() drops vpp where pp = 1
+        degrees = replace(degrees, vpp=parallel.vpp)
+    problems = [*_choices(config), *_ranges(config), *_relations(config), *_folders(config)]
+    problems += check_ladder(config.timeouts)
+    problems += check_mesh(
+        degrees,
+        schedule=parallel.schedule,
+        data=parallel.data,
+        micro_batches=parallel.micro_batches,
+        global_batch=data.global_batch,
+        world_size=world_size,
+    )
+    if config.model.preset in PRESETS:
+        shape = config.model.shape()
+        problems += check_model(shape, degrees, schedule=parallel.schedule, seq_len=data.seq_len)
+        problems += _vocabulary(shape, data)
+    return problems
+
+
+def _vocabulary(shape: ModelShape, data: DataConfig) -> Iterator[Problem]:
+    if data.source != "tokens" and 1 <= shape.vocab_size < BYTE_TOKENS:
+        yield Problem(
+            "model.vocab_size is too small for the byte tokenizer",
+            f"vocab_size = {shape.vocab_size}, data.source = {data.source}",
+            f"{BYTE_TOKENS} or more",
+            f"--set model.vocab_size={BYTE_TOKENS}",
+        )
+
+
+def _choices(config: RunConfig) -> Iterator[Problem]:
+    flat = flatten(config)
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            close = nearest(flat[key], choices)
+            yield Problem(
+                f"{key} knows no such choice",
+                repr(flat[key]),
+                ", ".join(filter(None, choices)),
+                close and f"--set {key}={close}",
+            )
+
+
+def _ranges(config: RunConfig) -> Iterator[Problem]:
+    flat = flatten(config)
+    for key, (holds, allowed) in _RANGES.items():
+        if not holds(flat[key]):
+            yield Problem(f"{key} is out of range", f"{key} = {flat[key]}", allowed)
+
+
+def _relations(config: RunConfig) -> Iterator[Problem]:
+    """Values that are fine alone and not together; given and unused is a mistake too."""
+    optimizer, parallel, steps = config.optimizer, config.parallel, config.train.steps
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(
+            "optimizer.min_lr is above optimizer.lr",
+            f"min_lr = {optimizer.min_lr}, lr = {optimizer.lr}",
+            f"0 to {optimizer.lr}",
+        )
+    if optimizer.warmup_steps > steps:
+        yield Problem(
+            "the warm-up is longer than the training",
+            f"optimizer.warmup_steps = {optimizer.warmup_steps}, train.steps = {steps}",
+            f"0 to {steps}",
+            f"--set optimizer.warmup_steps={max(0, steps // 5)}",
+        )
+    if parallel.vpp != 1 and parallel.schedule is not Schedule.INTERLEAVED and not parallel.auto:
+        yield Problem(
+            f"parallel.vpp is not used by schedule {parallel.schedule}",
+            f"vpp = {parallel.vpp}",
+            "1, or schedule = interleaved",
+            "--set parallel.schedule=interleaved",
+        )
+    if parallel.hsdp_shard != 0 and parallel.data is not DataParallel.HSDP and not parallel.auto:
+        yield Problem(
+            f"parallel.hsdp_shard is not used by data = {parallel.data}",
+            f"hsdp_shard = {parallel.hsdp_shard}",
+            "0, or data = hsdp",
+            "--set parallel.data=hsdp",
+        )
+
+
+def _folders(config: RunConfig) -> Iterator[Problem]:
+    yield from _corpus(config.data)
+    run_dir = Path(config.run_dir)
+    if not config.run_dir:
+        yield Problem(
+            "run_dir is empty", allowed="a folder that can be written", hint="--set run_dir=runs/default"
+        )
+    elif blocked := next((p for p in (run_dir, *run_dir.parents) if p.exists() and not p.is_dir()), None):
+        yield Problem("run_dir is no folder", f"{blocked} is a file", "a folder, which may be made")
+
+
+def _corpus(data: DataConfig) -> Iterator[Problem]:
+    if data.source == "stdlib":
+        if data.path:
+            yield Problem(
+                "data.path is not used by source = stdlib",
+                f"path = {data.path}",
+                "no path",
+                "--set data.source=text",
+            )
+    elif not data.path:
+        yield Problem(
+            "data.path is missing",
+            f"source = {data.source}",
+            "a folder of documents or token files",
+            "--set data.path=FOLDER",
+        )
+    elif not Path(data.path).is_dir():
+        what = "is a file" if Path(data.path).exists() else "does not exist"
+        yield Problem("data.path is no folder", f"{data.path} {what}", "a folder of documents or token files")
