@@ -1,0 +1,3 @@
+"""Chooses a layout."""
+
+from .parallel_plan import ParallelPlan as ParallelPlan
