@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
 from helpers.fake import fake_group
 from helpers.ranks import RankFailure, run_ranks
-from torch.distributed.device_mesh import init_device_mesh
 
 pytestmark = pytest.mark.ranks
 

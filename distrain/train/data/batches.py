@@ -113,17 +113,12 @@ class BatchStream:
         Raises DataError if ``state`` is no such state, ConfigError that lists every setting that differs.
         """
         counts = [state.get(key) for key in ("position", "step")]
-        if state.get("version") != VERSION or not all(type(count) is int and count >= 0 for count in counts):
-            raise DataError(
-                "not the state of a batch stream", got=repr(dict(state)), hint="resume an older checkpoint"
-            )
-        raise_if(
-            [
-                _mismatch(key, state.get(key), value)
-                for key, value in self._identity.items()
-                if state.get(key) != value
-            ]
-        )
+        is_whole = state.keys() == self.state_dict().keys() and state["version"] == VERSION
+        if not is_whole or not all(type(count) is int and count >= 0 for count in counts):
+            got = repr(dict(state))
+            raise DataError("not the state of a batch stream", got=got, hint="resume an older checkpoint")
+        own = self._identity
+        raise_if([_mismatch(key, state[key], own[key]) for key in own if state[key] != own[key]])
         self._position, self._step = state["position"], state["step"]
 
     def _sequences(self, start: int, stop: int) -> Ids:

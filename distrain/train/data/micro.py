@@ -58,13 +58,12 @@ def split(
             allowed=f"a multiple of {max(1, num_places)} sequences",
             hint="change data.global_batch or parallel.micro_batches",
         )
-    order = np.arange(len(batch.ids))
-    if len(np.unique(batch.lengths)) > 1:
-        order = np.argsort(-batch.lengths, kind="stable")
-    return tuple(
-        tuple(_micro_batch(batch, rows, multiple_of) for rows in _deal(chunk, batch.lengths, dp))
-        for chunk in order.reshape(micro_batches, -1)
-    )
+    if len(np.unique(batch.lengths)) == 1:
+        places = np.arange(len(batch.ids)).reshape(micro_batches, dp, -1).tolist()
+    else:
+        longest_first = np.argsort(-batch.lengths, kind="stable").reshape(micro_batches, -1)
+        places = [_deal(chunk.tolist(), batch.lengths.tolist(), dp) for chunk in longest_first]
+    return tuple(tuple(_micro_batch(batch, rows, multiple_of) for rows in replicas) for replicas in places)
 
 
 def collate(sequences: Iterable[Ids], *, padded_len: int) -> tuple[Ids, Ids]:
@@ -79,16 +78,16 @@ def collate(sequences: Iterable[Ids], *, padded_len: int) -> tuple[Ids, Ids]:
     return inputs, targets
 
 
-def _deal(chunk: Ids, lengths: Ids, dp: int) -> list[list[int]]:
-    """Longest first to the replica with the fewest tokens among those that have room left (LPT)."""
-    rows = len(chunk) // dp
+def _deal(longest_first: list[int], lengths: list[int], dp: int) -> list[list[int]]:
+    """Each to the replica with the fewest tokens among those that have room left (LPT)."""
+    rows = len(longest_first) // dp
     shares: list[list[int]] = [[] for _ in range(dp)]
     loads = [(0, replica) for replica in range(dp)]
-    for index in chunk.tolist():
+    for index in longest_first:
         load, replica = heapq.heappop(loads)
         shares[replica].append(index)
         if len(shares[replica]) < rows:
-            heapq.heappush(loads, (load + int(lengths[index]), replica))
+            heapq.heappush(loads, (load + lengths[index], replica))
     return shares
 
 
