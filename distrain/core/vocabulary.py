@@ -213,7 +213,7 @@ DEVICES: Mapping[str, DeviceSpec] = MappingProxyType(
 # depth and width with a SwiGLU of 8/3 d. "tiny" trains to a bigram model's loss in half a minute on two CPU cores.
 PRESETS: Mapping[str, ModelShape] = MappingProxyType(
     {
-        "tiny": ModelShape(d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, d_ffn=384, vocab_size=258),
+        "tiny": ModelShape(d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, d_ffn=384, vocab_size=264),
         "125m": ModelShape(
             d_model=768, num_layers=12, num_heads=12, num_kv_heads=12, d_ffn=2048, vocab_size=32_000
         ),

@@ -19,7 +19,8 @@ Norms under sequence parallelism see only their own tokens, so their gradients a
 buckets of their own, which are summed over tp before they are reduced over the replicas.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -149,11 +150,10 @@ class Buckets:
         for bucket in self._buckets:
             bucket.missing = len(bucket.params) * self._micro_batches
 
-    def before(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
-        """Nothing to do; see MicrobatchHooks."""
-
-    def after(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
-        """Take the gradients that W has left without autograd's hooks; see MicrobatchHooks."""
+    @contextmanager
+    def around(self, op: str, stage: int, micro_batch: int, *, last: bool) -> Iterator[None]:
+        """Take the gradients that W leaves without passing autograd's hooks; see MicrobatchHooks."""
+        yield
         if op == "W":
             for param in self._home:
                 if param.grad is not None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from distrain.core.device import Device, open_device
 from distrain.core.errors import ConfigError
 from distrain.core.vocabulary import Degrees
 from distrain.planners.parallelism import ParallelPlan
@@ -34,7 +34,7 @@ class Parallel:
     mesh: DeviceMesh
     """axes pp, dp_replicate, dp_shard, tp"""
     groups: GroupRegistry
-    device: torch.device
+    device: Device
     rank: int
     coordinates: Mapping[str, int]
     """index on each axis, "dp" included"""
@@ -52,22 +52,18 @@ def init(
     default process group is made if there is none, from torchrun's environment variables. ConfigError if the plan
     does not fit the world size.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(local)
+    opened = open_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo", timeout=timeout, device_id=local if kind == "cuda" else None
-        )
+        bound = opened.torch_device if opened.torch_device.type == "cuda" else None
+        dist.init_process_group(opened.backend, timeout=timeout, device_id=bound)
     degrees = _degrees(plan, dist.get_world_size())
     shape = (degrees.pp, degrees.dp // degrees.dp_shard, degrees.dp_shard, degrees.tp)
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=AXES)
+    mesh = init_device_mesh(opened.torch_device.type, shape, mesh_dim_names=AXES)
     groups = {axis: mesh.get_group(axis) for axis in AXES}
     groups |= {"dp": _block(mesh, ("dp_replicate", "dp_shard")), "model": _block(mesh, ("dp_replicate", "dp_shard", "tp"))}
     coordinates = {axis: mesh.get_local_rank(axis) for axis in AXES}
     coordinates["dp"] = coordinates["dp_replicate"] * degrees.dp_shard + coordinates["dp_shard"]
-    return Parallel(degrees, mesh, GroupRegistry(groups), local, dist.get_rank(), coordinates)
+    return Parallel(degrees, mesh, GroupRegistry(groups), opened, dist.get_rank(), coordinates)
 
 
 def _degrees(plan: ParallelPlan | Degrees | None, world_size: int) -> Degrees:

@@ -5,7 +5,8 @@ Without a pipeline the gathered parameters are freed after forward; in a pipelin
 the next micro-batch needs them at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,21 +41,17 @@ class FullySharded:
         replicas = parallel.degrees.dp // parallel.degrees.dp_shard
         self.shards: Sequence[Shard] = [_shard(name, param, replicas, parallel) for name, param in self._params]
 
-    def before(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
+    @contextmanager
+    def around(self, op: str, stage: int, micro_batch: int, *, last: bool) -> Iterator[None]:
         """Let the last backward of a stage reduce its gradients; see MicrobatchHooks."""
-        if op == "F":
-            return
         module = self._modules[stage]
-        # A split backward never passes the hooks that reduce: ``after`` makes up for it.
-        reduces = last and op == "B"
-        module.set_is_last_backward(reduces)
-        module.set_requires_gradient_sync(reduces)
-        module.set_reshard_after_backward(reduces)
-
-    def after(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
-        """Reduce after the last W of a stage; see MicrobatchHooks."""
-        if last and op == "W":
-            _reduce_now(self._modules[stage])
+        if op != "F":
+            # A split backward never passes the hooks that reduce: its last W reduces by hand.
+            _set_reducing(module, last and op == "B")
+        yield
+        if op == "W" and last:
+            _set_reducing(module, True)
+            _reduce_now(module)
 
     def reduce(self) -> None:
         """Hand the sharded gradients to the shards; see DataParallelism."""
@@ -71,14 +68,18 @@ class FullySharded:
         """Nothing to do; see DataParallelism."""
 
 
+def _set_reducing(module: FSDPModule, reducing: bool) -> None:
+    """Whether the coming backward reduces gradients and frees the gathered parameters."""
+    module.set_is_last_backward(reducing)
+    module.set_requires_gradient_sync(reducing)
+    module.set_reshard_after_backward(reducing)
+
+
 def _reduce_now(module: FSDPModule) -> None:
     """Do what the hooks of a whole backward would have done at its end.
 
     FSDP2 has no public call for this; torch's own pipeline schedules reach inside in the same way.
     """
-    module.set_is_last_backward(True)
-    module.set_requires_gradient_sync(True)
-    module.set_reshard_after_backward(True)
     root: Any = fully_shard.state(module)  # type: ignore[attr-defined]
     for state in root._state_ctx.all_states:
         # Several groups a state since torch 2.13, one before.

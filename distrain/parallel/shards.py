@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distrain.core.protocols import MicrobatchHooks
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -42,16 +44,10 @@ class Shard:
         return self.param.grad
 
 
-class DataParallelism(Protocol):
-    """How replicas share gradients and states; also ``MicrobatchHooks`` of the pipeline runtime."""
+class DataParallelism(MicrobatchHooks, Protocol):
+    """How replicas share gradients and states. The pipeline runtime calls it around each of its steps."""
 
     shards: Sequence[Shard]
-
-    def before(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
-        """See MicrobatchHooks."""
-
-    def after(self, op: str, stage: int, micro_batch: int, *, last: bool) -> None:
-        """See MicrobatchHooks."""
 
     def gather(self) -> None:
         """Make the model's parameters whole before a forward pass."""

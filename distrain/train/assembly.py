@@ -62,7 +62,7 @@ def assemble(
     ranges = stage_layers(shape.num_layers, plan.num_stages)
     modules = {index: _stage(shape, ranges[index], parallel, data, dtype) for index in plan.stages_of(pp_rank)}
     for module in modules.values():
-        materialize(module, device=parallel.device, seed=seed, num_layers=shape.num_layers)
+        materialize(module, device=parallel.device.torch_device, seed=seed, num_layers=shape.num_layers)
     shared = share(modules, parallel, data=data, micro_batches=micro_batches)
     loss = WeightedLoss()
     runtime = PipelineRuntime(
@@ -71,7 +71,7 @@ def assemble(
         ranks=parallel.mesh["pp"].mesh.tolist(),
         rank=pp_rank,
         groups=parallel.groups,
-        device=parallel.device,
+        device=parallel.device.torch_device,
         hidden_dtype=dtype,
         hooks=(shared,),
     )

@@ -6,6 +6,7 @@ V) is handed over without being sent.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -78,11 +79,11 @@ class PipelineRuntime:
         try:
             for position, step in enumerate(steps):
                 arrived = self._take(self._source(step, micro_batches), links, local)
-                for hook in self._hooks:
-                    hook.before(step.op, step.stage, step.micro_batch, last=last_backward.get(step.stage) == position)
-                result = self._compute(step, arrived, micro_batches[step.micro_batch])
-                for hook in self._hooks:
-                    hook.after(step.op, step.stage, step.micro_batch, last=last_backward.get(step.stage) == position)
+                with ExitStack() as around:
+                    for hook in self._hooks:
+                        last = last_backward.get(step.stage) == position
+                        around.enter_context(hook.around(step.op, step.stage, step.micro_batch, last=last))
+                    result = self._compute(step, arrived, micro_batches[step.micro_batch])
                 if step.op is Op.FORWARD and step.stage == self._last_stage:
                     assert result is not None
                     losses[step.micro_batch] = result
