@@ -1,16 +1,32 @@
-"""Run a command as the ranks of a job on this machine."""
+"""Run a job: on this node, on emulated ones, or on this node as one of many.
+
+Order matters here: everything that can be wrong is checked first; then the port is bound and the nodes meet; then
+the store and the ranks start together; at the end one node tells the story.
+"""
 
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from socket import socket
 
-from .store import LOOPBACK, listen, start_store
-from .tether import tethered
+from distrain.core.errors import Problem, raise_if
+
+from .agent import Agent
+from .emulate import run_emulated
+from .failure import signal_name, summary
+from .job import plan_workers
+from .options import LaunchOptions, check
+from .output import Console
+from .ranks import Ranks
+from .rendezvous import meet
+from .signals import Signals
+from .store import start_store
+from .team import Host, Team, team
 
 
 def run_job(
@@ -21,73 +37,108 @@ def run_job(
     env: Mapping[str, str] | None = None,
     plan: Path | None = None,
     plain_rank: int | None = None,
+    prefix: bool = True,
 ) -> int:
-    """Run ``command`` on ``ranks`` ranks of this machine and return the job's exit code (0, 1 or 130).
+    """Run ``command`` on ``ranks`` ranks of this machine; the job's exit code: 0, 1, or 128 + the signal that ended it.
 
-    ``plain_rank`` names the rank whose output passes unprefixed; its stdout is this process's own, so it may draw
-    on a terminal.
+    ``env`` is added to the environment of every rank. ``plain_rank`` is the rank whose output passes unprefixed; its
+    stdout is this process's own, so it may draw on a terminal. Raises ConfigError before anything starts.
     """
-    per_node = ranks // emulate_nodes
-    with listen() as listener:
-        store = start_store(listener)
-        workers: list[subprocess.Popen[bytes]] = []
-        pumps: list[threading.Thread] = []
-        for rank in range(ranks):
-            plain = rank == plain_rank
-            worker = subprocess.Popen(
-                tethered(command),
-                env={
-                    **os.environ,
-                    **(env or {}),
-                    **({"DISTRAIN_PLAN": str(plan.resolve())} if plan else {}),
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_RANK": str(rank % per_node),
-                    "LOCAL_WORLD_SIZE": str(per_node),
-                    "GROUP_RANK": str(rank // per_node),
-                    "GROUP_WORLD_SIZE": str(emulate_nodes),
-                    "MASTER_ADDR": LOOPBACK,
-                    "MASTER_PORT": str(listener.getsockname()[1]),
-                    "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": "0",
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                    "PYTHONUNBUFFERED": "1",
-                },
-                stdout=None if plain else subprocess.PIPE,
-                stderr=None if plain else subprocess.PIPE,
-                start_new_session=True,
-            )
-            workers.append(worker)
-            for stream, target in ((worker.stdout, sys.stdout.buffer), (worker.stderr, sys.stderr.buffer)):
-                if stream is not None:
-                    pumps.append(threading.Thread(target=_pump, args=(stream, target, rank), daemon=True))
-                    pumps[-1].start()
-        try:
-            failed = _wait(workers)
-        except KeyboardInterrupt:
-            failed = 130
-        for worker in workers:
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
-        for pump in pumps:
-            pump.join(timeout=5)
-        store.kill()
-        store.wait()
-    return failed
+    if emulate_nodes > 0 and ranks % emulate_nodes:
+        got = f"{ranks} ranks, {emulate_nodes} nodes"
+        raise_if([Problem("the emulated nodes do not divide the ranks", got=got)])
+    options = LaunchOptions(
+        command=tuple(command),
+        nproc=ranks // max(emulate_nodes, 1),
+        emulate_nodes=emulate_nodes,
+        plan=str(plan.resolve()) if plan else "",
+        plain_rank=plain_rank,
+        prefix=prefix,
+    )
+    return run(options, environ={**os.environ, **(env or {})})
 
 
-def _pump(source: IO[bytes], target: IO[bytes], rank: int) -> None:
-    for line in source:
-        target.write(b"[rank %d] " % rank + line)
-        target.flush()
+def run(options: LaunchOptions, *, environ: Mapping[str, str] = os.environ) -> int:
+    """Run what ``options`` ask for; its exit code. Raises ConfigError before anything starts, LaunchError later."""
+    raise_if(check(options))
+    if options.nproc > 1 and "OMP_NUM_THREADS" not in environ:
+        print(
+            "[launch] OMP_NUM_THREADS is not set: every rank computes with 1 thread",
+            file=sys.stderr,
+            flush=True,
+        )
+        environ = {**environ, "OMP_NUM_THREADS": "1"}
+    sys.stdout.flush()
+    if options.emulate_nodes > 1:
+        return run_emulated(options, environ=environ)
+    return run_node(options, environ=environ)
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    while True:
-        codes = [worker.poll() for worker in workers]
-        if any(code for code in codes):
-            return 1
-        if all(code == 0 for code in codes):
-            return 0
-        threading.Event().wait(0.05)
+def run_node(
+    options: LaunchOptions, *, environ: Mapping[str, str] = os.environ, listener: socket | None = None
+) -> int:
+    """This node's part; ``listener`` is node 0's socket, if somebody has bound it already."""
+    with ExitStack() as stack:
+        meeting = meet(options, listener=listener)
+        seat = meeting.seat
+        specs = plan_workers(options, seat, environ=environ)
+        others = team(meeting.links, nodes=seat.nodes, node_rank=seat.node_rank)
+        stack.callback(others.close)
+        folder = stack.enter_context(_folder(options))
+        arrived = stack.enter_context(Signals())
+        store = stack.enter_context(_serving(meeting.store)) if meeting.store else None
+        out, err = Console(1), Console(2)
+        stack.callback(out.flush)
+        ranks = Ranks(options, seat, folder=folder, out=out, err=err)
+        stack.callback(ranks.close)
+        agent = Agent(
+            ranks, team=others, consoles=(out, err), store=store, grace_s=options.shutdown_timeout_s
+        )
+        for spec in specs:
+            ranks.start(spec, environ=environ)
+        agent.run(arrived)
+        _tell(agent, others, options=options)
+        err.flush()
+    return others.code
+
+
+def _tell(agent: Agent, others: Team, *, options: LaunchOptions) -> None:
+    """Say how a job ended that did not end well: node 0 for all, another node only what node 0 cannot."""
+    reports = [others.reports[node_rank] for node_rank in sorted(others.reports)]
+    alone = isinstance(others, Host) or len(others.nodes) == 1 or bool(others.trouble)
+    if others.code > 128 and alone:
+        agent.say(f"stopped by {signal_name(others.code - 128)}")
+    elif others.code and alone:
+        exits = [each for report in reports for each in report.exits]
+        trouble = next((report.trouble for report in reports if report.trouble), "")
+        agent.tell(summary(exits, trouble=trouble))
+    elif others.code and not options.node_name:
+        agent.say(f"the job failed, node {others.nodes[0]} has the summary: {others.why}")
+
+
+@contextmanager
+def _serving(listener: socket) -> Iterator[subprocess.Popen[bytes]]:
+    """The store's process, for as long as the job lasts."""
+    with listener:
+        process = start_store(listener)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _folder(options: LaunchOptions) -> Iterator[Path]:
+    """Where the ranks' error files and logs go; removed at the end unless logs were asked for."""
+    kept = bool(options.log_dir or any(options.redirects) or any(options.tee))
+    if options.log_dir:
+        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{options.run_id}_", dir=options.log_dir or None))
+    if kept:
+        print(f"[launch] logs: {folder}", file=sys.stderr, flush=True)
+    try:
+        yield folder / "attempt_0"
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)

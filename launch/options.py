@@ -1,0 +1,107 @@
+"""What a launch was asked to do: a frozen record, from the command line or from Python, checked as a whole.
+
+Every field is plain JSON, so that the agents of emulated nodes get the same record on their command line.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distrain.core.errors import ConfigError, Problem
+
+from .placement import read_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions:
+    """A launch, as one node sees it."""
+
+    command: tuple[str, ...]
+    """program and arguments of every rank"""
+    nproc: int = 1
+    """ranks on this node, or on each emulated one"""
+    nnodes: int = 1
+    node_rank: int | None = 0
+    """None: in order of arrival"""
+    node_name: str = ""
+    """name of this node in messages; empty: the host's"""
+    emulate_nodes: int = 1
+    master_addr: str = "127.0.0.1"
+    """where the nodes meet, and where node 0 serves the store"""
+    master_port: int = 0
+    """0: any free port (one node only)"""
+    shared_port: bool = True
+    """the store is served on the port where the nodes meet (static), not on one of its own (c10d)"""
+    is_host: bool | None = None
+    """whether this node hosts the meeting; None: if it can listen there"""
+    join_timeout_s: float = 600.0
+    local_addr: str = ""
+    run_id: str = "none"
+    role: str = "default"
+    plan: str = ""
+    """path of a ParallelPlan; empty: ranks in order"""
+    virtual_local_rank: bool = False
+    log_dir: str = ""
+    redirects: tuple[int, ...] = ()
+    """by local rank: 1 stdout, 2 stderr, 3 both go to a file only; missing: 0"""
+    tee: tuple[int, ...] = ()
+    """by local rank: the same, to a file and to the console"""
+    shown_ranks: tuple[int, ...] = ()
+    """local ranks whose output reaches the console; empty: all"""
+    plain_rank: int | None = None
+    """the rank whose output passes through as it is"""
+    prefix: bool = True
+    shutdown_timeout_s: float | None = None
+    """seconds between the first signal and SIGKILL; None: the default of the case"""
+
+    def to_json(self) -> str:
+        """This record as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "LaunchOptions":
+        """The record that ``to_json`` wrote."""
+        pairs = json.loads(text).items()
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in pairs
+        }
+        return cls(**fields)
+
+
+def check(options: LaunchOptions) -> list[Problem]:
+    """What cannot work about ``options`` on this machine, whoever made them."""
+    problems = []
+    if options.nproc < 1:
+        problems.append(
+            Problem("--nproc-per-node must be positive", got=str(options.nproc), allowed="1 or more")
+        )
+    if options.nnodes < 1:
+        problems.append(Problem("--nnodes must be positive", got=str(options.nnodes), allowed="1 or more"))
+    elif options.node_rank is not None and not 0 <= options.node_rank < options.nnodes:
+        problems.append(
+            Problem(
+                "--node-rank is out of range",
+                got=str(options.node_rank),
+                allowed=f"0 to {options.nnodes - 1}",
+            )
+        )
+    if options.emulate_nodes < 1:
+        problems.append(
+            Problem("--emulate-nodes must be positive", got=str(options.emulate_nodes), allowed="1 or more")
+        )
+    world_size = options.nproc * options.nnodes * options.emulate_nodes
+    if options.plain_rank is not None and not 0 <= options.plain_rank < max(world_size, 1):
+        problems.append(
+            Problem(
+                "--plain-rank is out of range", got=str(options.plain_rank), allowed=f"0 to {world_size - 1}"
+            )
+        )
+    if options.log_dir and Path(options.log_dir).exists() and not Path(options.log_dir).is_dir():
+        problems.append(Problem("--log-dir is not a folder", got=options.log_dir))
+    if options.plan and not problems:
+        try:
+            read_plan(options.plan, nprocs=(options.nproc,) * (options.nnodes * options.emulate_nodes))
+        except ConfigError as error:
+            problems += error.problems
+    return problems
