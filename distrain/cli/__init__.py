@@ -7,7 +7,8 @@ None is 0.
 """
 
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any
@@ -74,8 +75,9 @@ class _Verbs(TyperGroup):
             code = super().invoke(ctx)
         except DistrainError as error:
             if ctx.params["debug"]:
-                raise
-            print(error, file=sys.stderr)
+                traceback.print_exc()
+            else:
+                print(error, file=sys.stderr)
             code = error.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -85,18 +87,22 @@ class _Verbs(TyperGroup):
 
 def _load(name: str) -> Any:
     """The command of one verb, from the file of its name."""
-    verb, face = VERBS[name], getattr(import_module(f".{name}", __name__), name)
-    app = face if isinstance(face, typer.Typer) else typer.Typer(add_completion=False)
-    if verb.raw:
-
-        def hand_over(ctx: typer.Context) -> int | None:
-            code: int | None = face(list(ctx.args))
-            return code
-
-        app.command(name, cls=_RawCommand, add_help_option=False)(hand_over)
-    elif face is not app:
-        app.command(name, help=verb.help.capitalize() + ".")(face)
+    face = getattr(import_module(f".{name}", __name__), name)
+    if isinstance(face, typer.Typer):
+        return typer.main.get_command(face)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    if VERBS[name].raw:
+        app.command(name, cls=_RawCommand, add_help_option=False)(_handing_over(face))
+    else:
+        app.command(name)(face)
     return typer.main.get_command(app)
+
+
+def _handing_over(face: Callable[[list[str]], int]) -> Callable[[typer.Context], int]:
+    def hand_over(ctx: typer.Context) -> int:
+        return face(list(ctx.args))
+
+    return hand_over
 
 
 def _version(asked: bool) -> None:

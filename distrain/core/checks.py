@@ -148,14 +148,14 @@ def _relations(config: RunConfig) -> Iterator[Problem]:
             f"parallel.vpp is not used by schedule {parallel.schedule}",
             f"vpp = {parallel.vpp}",
             "1, or schedule = interleaved",
-            "--set parallel.schedule=interleaved",
+            "--set parallel.vpp=1",
         )
     if parallel.hsdp_shard != 0 and parallel.data is not DataParallel.HSDP and not parallel.auto:
         yield Problem(
             f"parallel.hsdp_shard is not used by data = {parallel.data}",
             f"hsdp_shard = {parallel.hsdp_shard}",
             "0, or data = hsdp",
-            "--set parallel.data=hsdp",
+            "--set parallel.hsdp_shard=0",
         )
 
 

@@ -20,7 +20,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,10 +205,10 @@ def read_events(path: str | Path) -> Recorded:
     return Recorded(tuple(events), num_damaged)
 
 
-def _event(record: dict[str, Any]) -> Event:
-    """The event of one line; raises TypeError for one with other fields."""
-    value = record.get("value")
-    return Event(**record | ({} if value is None else {"value": float(value)}))
+def _event(record: Any) -> Event:
+    """The event of one line; raises TypeError or ValueError for anything else."""
+    event = Event(**record)
+    return event if event.value is None else replace(event, value=float(event.value))
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def _built(folder: Path, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     library = folder / f"{hashlib.sha256(compiler.encode()).hexdigest()[:12]}.so"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(folder / "lock"):
+        for left_over in folder.glob("build-*"):  # of a build that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         if not library.exists():
             _compile(library, sources, flags)
     return _trusted(library)
