@@ -59,6 +59,6 @@ class MarkerCounts:
 
 def is_full_run(config: pytest.Config) -> bool:
     """Whether everything was asked for: no paths, no selection, no stop at the first failures."""
-    option = config.option
-    chosen = (option.keyword, option.markexpr, option.deselect, option.lf, option.maxfail, option.collectonly)
-    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not any(chosen)
+    options = ("keyword", "markexpr", "deselect", "lf", "maxfail", "collectonly")
+    chosen = any(config.getoption(name, default=None) for name in options)
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen

@@ -33,7 +33,7 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     checks: dict[str, Callable[[], set[str]]] = {
-        "process": lambda: {f"{pid} {name}" for pid, name in _processes().items()},
+        "process": lambda: {f"{pid} {name}" for pid, name in processes().items()},
         "thread": lambda: {
             thread.name for thread in threading.enumerate() if thread.name.startswith("distrain")
         },
@@ -64,7 +64,7 @@ def _clean_up(left: dict[str, set[str]]) -> None:
         sys.modules["torch.distributed"].destroy_process_group()
 
 
-def _processes() -> dict[int, str]:
+def processes() -> dict[int, str]:
     """Command lines of the living processes that this session has started, without the servers of multiprocessing."""
     mark = f"{MARK}={os.environ[MARK]}".encode()
     parents: dict[int, int] = {}
@@ -103,7 +103,7 @@ def _shared_memory() -> set[str]:
     names = {path.name for path in SHARED_MEMORY.glob("distrain*")}
     if not names:
         return names
-    ours = {str(pid) for pid in (os.getpid(), *_processes())}
+    ours = {str(pid) for pid in (os.getpid(), *processes())}
     used = {
         name for process in PROC.iterdir() if process.name not in ours for name in _opened(process, names)
     }
