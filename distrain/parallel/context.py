@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from distrain.core.device import Device, open_device
 from distrain.core.errors import ConfigError
 from distrain.core.vocabulary import Degrees
-from distrain.planners.parallelism import ParallelPlan
+from distrain.planners.parallel_plan import ParallelPlan
 
 from .groups import GroupRegistry
 

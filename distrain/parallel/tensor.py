@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from .exchange import all_to_all
 from .roles import Role
 
 IGNORED = -100
@@ -38,7 +39,7 @@ IGNORED = -100
 def _style(role: Role) -> ParallelStyle:
     match role:
         case Role.EMBEDDING:
-            return ColwiseParallel(output_layouts=Shard(1))
+            return ColwiseParallel()
         case Role.NORM:
             return SequenceParallel(use_local_output=True)
         case Role.BRANCH:
@@ -55,8 +56,15 @@ def _style(role: Role) -> ParallelStyle:
 
 def parallelize(module: nn.Module, mesh: DeviceMesh, *, roles: Mapping[str, Role]) -> None:
     """Shard ``module`` in place over the one-axis ``mesh`` as its ``roles`` say; a mesh of one rank changes nothing."""
-    if mesh.size() > 1:
-        parallelize_module(module, mesh, {name: _style(role) for name, role in roles.items()})
+    if mesh.size() == 1:
+        return
+    parallelize_module(module, mesh, {name: _style(role) for name, role in roles.items()})
+    group = mesh.get_group()
+    for name in (name for name, role in roles.items() if role is Role.EMBEDDING):
+        # DTensor would gather everything on gloo instead.
+        module.get_submodule(name).register_forward_hook(
+            lambda _module, _ids, features: all_to_all(features, group, split_dim=1, concat_dim=2)
+        )
 
 
 def loss_context(tp_degree: int) -> AbstractContextManager[None]:

@@ -1,0 +1,46 @@
+"""One rank of a training job: ``python -m distrain.train CONFIG`` under `distrain launch` or torchrun."""
+
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from distrain.core.config import RunConfig
+from distrain.core.errors import ConfigError
+from distrain.core.events import EventLog, JsonlSink
+from distrain.core.load import load
+from distrain.parallel import init
+
+from .hooks import Hook, Narrate, WriteEvents
+from .loop import Trainer
+from .plan import plan_of_job
+
+
+def train(config: RunConfig) -> None:
+    """Join the job that this process was started for, and train."""
+    plan = plan_of_job(config)
+    parallel = init(plan, device=config.launch.device, timeout=timedelta(seconds=config.timeouts.collective_s))
+    hooks: list[Hook] = []
+    sinks = []
+    if parallel.rank == 0:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        sinks = [JsonlSink(Path(config.run_dir) / "events.jsonl")]
+    with EventLog(sinks, rank=parallel.rank) as events:
+        if parallel.rank == 0:
+            hooks = [Narrate(log_every=config.train.log_every), WriteEvents(events)]
+        Trainer(config, plan, parallel, hooks=hooks).run()
+    dist.destroy_process_group()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one rank; arguments are a config and ``section.key=value`` overrides."""
+    if not argv:
+        raise ConfigError("no config given", allowed="python -m distrain.train CONFIG [section.key=value ...]")
+    train(load(argv[0], overrides=argv[1:]).config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""What happens around the loop: hooks are told, in order, and the loop knows none of them by name.
+
+A hook is anything with some of these methods; the built-in ones print, draw a progress bar and write events.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distrain.core.events import EventLog
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step, as every rank sees it."""
+
+    step: int
+    """from 1"""
+    loss: float
+    """mean over the tokens of the global batch, nats"""
+    grad_norm: float
+    """of the whole model, before clipping"""
+    lr: float
+    num_tokens: int
+    seconds: float
+    tokens_per_s: float
+    mfu: float
+    """achieved over peak FLOP/s of all devices"""
+    peak_memory_bytes: int
+    """of this rank"""
+
+
+class Hook(Protocol):
+    """Everything the loop tells; subclass and override what is of interest."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step."""
+
+    def on_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """After each step."""
+
+    def on_validation(self, trainer: "Trainer", *, step: int, loss: float) -> None:
+        """After each validation; ``loss`` in nats a token."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step; not called when the loop fails."""
+
+
+class WriteEvents(Hook):
+    """Scalars of each step to the event log."""
+
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Note what is trained, and how it is laid out."""
+        self._events.event("start", num_params=trainer.shape.num_params, plan=trainer.plan.to_json())
+
+    def on_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """One scalar a number of the report."""
+        for name in ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "peak_memory_bytes", "seconds"):
+            self._events.scalar(name, getattr(report, name), step=report.step)
+
+    def on_validation(self, trainer: "Trainer", *, step: int, loss: float) -> None:
+        """The validation loss."""
+        self._events.scalar("validation_loss", loss, step=step)
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """Mark that the run came to its end, for readers of the file."""
+        self._events.event("end", step=trainer.step)
+
+
+class Narrate(Hook):
+    """Lines on standard output, and a progress bar below them where that is a terminal."""
+
+    def __init__(self, *, log_every: int) -> None:
+        self._log_every = log_every
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("steps")
+        self._first_loss: float | None = None
+        self._num_tokens = 0
+        self._seconds = 0.0
+        self._last: StepReport | None = None
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Print the layout."""
+        for line in trainer.describe():
+            self._console.print(line)
+        self._bar.update(self._task, total=trainer.config.train.steps, completed=trainer.step)
+        self._bar.start()
+
+    def on_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """One line each ``log_every`` steps."""
+        self._first_loss = report.loss if self._first_loss is None else self._first_loss
+        self._num_tokens += report.num_tokens
+        self._seconds += report.seconds
+        self._last = report
+        self._bar.update(self._task, completed=report.step)
+        if report.step % self._log_every == 0 or report.step == 1:
+            self._console.print(
+                f"step {report.step:>6}  loss {report.loss:7.4f}  norm {report.grad_norm:6.2f}  lr {report.lr:.2e}"
+                f"  {report.tokens_per_s:>9,.0f} tokens/s  MFU {report.mfu:5.1%}"
+                f"  {report.peak_memory_bytes / 2**20:,.0f} MiB"
+            )
+
+    def on_validation(self, trainer: "Trainer", *, step: int, loss: float) -> None:
+        """One line."""
+        self._console.print(f"step {step:>6}  validation loss {loss:7.4f}")
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """The summary."""
+        self._bar.stop()
+        if self._last is not None and self._first_loss is not None:
+            self._console.print(
+                f"done: loss {self._first_loss:.3f} -> {self._last.loss:.3f} nats a token in {self._seconds:.0f} s,"
+                f" {self._num_tokens:,} tokens, {self._num_tokens / self._seconds:,.0f} tokens/s"
+                f"; events in {trainer.config.run_dir}/events.jsonl"
+            )

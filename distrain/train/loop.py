@@ -1,0 +1,170 @@
+"""The training loop, short enough to read in one sitting.
+
+Every rank runs the same ``Trainer``. It draws the same global batches, computes its own share of each, and reports the
+same numbers; only what hooks do with them differs between ranks.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distrain.core.config import RunConfig
+from distrain.parallel import MicroBatch, Parallel
+from distrain.parallel.shards import clip_, squared_norms
+from distrain.parallel.tensor import loss_context
+from distrain.planners.parallel_plan import ParallelPlan
+
+from .assembly import assemble
+from .data.batches import BatchStream, GlobalBatch, total_tokens
+from .data.corpus import Corpus, Split, open_corpus
+from .data.micro import collate, split
+from .data.prefetch import Prefetcher
+from .hooks import Hook, StepReport
+from .optim import build_optimizer, learning_rate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""of weights and gradients, by ``train.dtype``: bfloat16 means autocast around float32 weights"""
+
+
+class Trainer:
+    """A model, its data and its optimizer on one rank of a job."""
+
+    def __init__(self, config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, hooks: Sequence[Hook] = ()) -> None:
+        self.config, self.plan, self.parallel, self.hooks = config, plan, parallel, hooks
+        self.shape = config.model.shape()
+        self.step = 0
+        self._peak_flops = parallel.device.spec().peak_flops * plan.world_size
+        parallel.device.seed(config.seed)
+        corpus = open_corpus(config.data, vocab_size=self.shape.vocab_size)
+        self.train_stream = self._stream(corpus, "train")
+        self.validation_stream = self._stream(corpus, "held_out")
+        self.assembly = assemble(
+            self.shape,
+            parallel,
+            schedule=plan.schedule,
+            data=plan.data,
+            micro_batches=plan.micro_batches,
+            seed=config.seed,
+            dtype=DTYPES[config.train.dtype],
+        )
+        names = sorted(name for module in self.assembly.modules.values() for name, _ in module.named_parameters())
+        self.optimizer = build_optimizer(
+            self.assembly.data.shards, config.optimizer, names=names, group=parallel.groups.axis("model")
+        )
+
+    def run(self) -> None:
+        """Train up to ``train.steps``, validating as often as asked and at the end."""
+        self._tell("on_start")
+        every = self.config.train.eval_every or self.config.train.steps
+        with Prefetcher(self.train_stream, self._share) as batches:
+            while self.step < self.config.train.steps:
+                start = time.perf_counter()
+                batch, share = batches.next()
+                loss, norm = self.train_step(share, num_tokens=total_tokens(batch))
+                self._tell("on_step", self._report(batch, loss, norm, time.perf_counter() - start))
+                if self.step % every == 0 or self.step == self.config.train.steps:
+                    self._tell("on_validation", step=self.step, loss=self.validate())
+        self._tell("on_end")
+
+    def train_step(self, share: Sequence[MicroBatch], *, num_tokens: int) -> tuple[float, float]:
+        """One optimizer step on this rank's micro-batches; mean loss and gradient norm of the whole batch."""
+        data, optimizer = self.assembly.data, self.config.optimizer
+        rate = learning_rate(self.step, optimizer, num_steps=self.config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        data.gather()
+        with self._precision(), loss_context(self.plan.degrees.tp):
+            self.assembly.loss.num_tokens = num_tokens
+            losses = self.assembly.runtime.step(share)
+        data.reduce()
+        gradients, copies = [s.gradient for s in data.shards], [s.copies for s in data.shards]
+        loss, square = self._sum_over_ranks(losses, squared_norms(gradients, copies))
+        norm = square.sqrt()
+        if optimizer.clip:
+            clip_(data.shards, norm, largest=optimizer.clip)
+        self.optimizer.step()
+        data.updated()
+        self.step += 1
+        return loss.item(), norm.item()
+
+    def validate(self) -> float:
+        """Mean loss over the held-out sequences, in nats a token; the same sequences each time."""
+        self.assembly.data.gather()
+        total, num_tokens = 0.0, 0
+        for ahead in range(-(-self.config.train.eval_sequences // self.config.data.global_batch)):
+            batch = self.validation_stream.peek(ahead)
+            with self._precision(), loss_context(self.plan.degrees.tp):
+                self.assembly.loss.num_tokens = 1
+                losses = self.assembly.runtime.evaluate(self._share(batch))
+            loss, _ = self._sum_over_ranks(losses, torch.zeros((), device=self.parallel.device.torch_device))
+            total, num_tokens = total + loss.item(), num_tokens + total_tokens(batch)
+        return total / num_tokens
+
+    def describe(self) -> list[str]:
+        """The layout in a few lines."""
+        degrees, shape = self.plan.degrees, self.shape
+        return [
+            f"model    {self.config.model.preset}: {shape.num_params / 1e6:,.2f} M parameters, {shape.num_layers} layers,"
+            f" d {shape.d_model}, {shape.num_heads} heads, {shape.num_kv_heads} KV heads, vocabulary {shape.vocab_size}",
+            f"layout   {self.plan.world_size} ranks = tp {degrees.tp} x pp {degrees.pp} x dp {degrees.dp}"
+            f" ({self.plan.data}), {self.plan.schedule}, {degrees.num_stages} stages,"
+            f" {self.plan.micro_batches} micro-batches",
+            f"data     {self.config.data.source}: {self.train_stream.num_sequences:,} sequences of up to"
+            f" {self.config.data.seq_len} tokens, {self.config.data.global_batch} a step",
+        ]
+
+    def _stream(self, corpus: Corpus, part: Split) -> BatchStream:
+        data = self.config.data
+        return BatchStream(
+            corpus,
+            packing=data.packing,
+            seq_len=data.seq_len,
+            global_batch=data.global_batch,
+            seed=self.config.seed,
+            split=part,
+        )
+
+    def _share(self, batch: GlobalBatch) -> list[MicroBatch]:
+        """This rank's micro-batches, with tokens where its stages need them and the shapes of all."""
+        degrees, device = self.plan.degrees, self.parallel.device.torch_device
+        dealt = split(batch, dp=degrees.dp, micro_batches=self.plan.micro_batches, multiple_of=degrees.tp)
+        share = []
+        for replicas in dealt:
+            mine = replicas[self.parallel.coordinates["dp"]]
+            arrays = collate(self.train_stream.fetch(mine.ids), padded_len=mine.padded_len)
+            inputs, targets = (torch.from_numpy(array).to(device) for array in arrays)
+            share.append(MicroBatch(inputs, targets, (mine.rows, mine.padded_len // degrees.tp, self.shape.d_model)))
+        return share
+
+    def _precision(self) -> torch.autocast:
+        enabled = self.config.train.dtype == "bfloat16"
+        return torch.autocast(self.parallel.device.torch_device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _sum_over_ranks(self, losses: Sequence[Tensor], square: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the batch, from wherever last stages are, and squared gradient norm, in one collective."""
+        shares = torch.stack([loss.detach() for loss in losses]).sum() if losses else square.new_zeros(())
+        totals = torch.stack([shares / self.plan.degrees.tp, square])
+        dist.all_reduce(totals)
+        return totals[0], totals[1]
+
+    def _report(self, batch: GlobalBatch, loss: float, norm: float, seconds: float) -> StepReport:
+        num_tokens = total_tokens(batch)
+        flops = num_tokens * self.shape.flops_per_token(self.config.data.seq_len)
+        return StepReport(
+            step=self.step,
+            loss=loss,
+            grad_norm=norm,
+            lr=self.optimizer.param_groups[0]["lr"],
+            num_tokens=num_tokens,
+            seconds=seconds,
+            tokens_per_s=num_tokens / seconds,
+            mfu=flops / seconds / self._peak_flops,
+            peak_memory_bytes=self.parallel.device.peak_memory_bytes(),
+        )
+
+    def _tell(self, method: str, *args: object, **kwargs: object) -> None:
+        for hook in self.hooks:
+            getattr(hook, method)(self, *args, **kwargs)
