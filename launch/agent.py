@@ -142,7 +142,7 @@ class Agent:
             if not first.lost_peer:
                 self._settled_at = min(self._settled_at, now + SETTLE_S)
             if now >= self._settled_at:
-                self._stop(f"rank {first.rank} on node {first.node} failed: {first.how}")
+                self._stop(f"rank {first.rank} on {first.node} failed: {first.how}")
 
     def _stop(self, why: str, *, signum: int = 0) -> None:
         """Begin to end the ranks here and on the other nodes."""

@@ -158,7 +158,7 @@ def summary(exits: Sequence[WorkerExit], *, trouble: str = "") -> str:
         head = []
     if first is not None:
         head.append(f"error: rank {first.rank} failed first: {first.how}")
-        where = f"node {first.node}, local rank {first.local_rank}, pid {first.pid}"
+        where = f"on {first.node}, local rank {first.local_rank}, pid {first.pid}"
         head.append(where + (f", log {first.log}" if first.log else ""))
         known = HEADER in first.error or FATAL in first.error
         head += ["", *([] if known else ["the end of its stderr:"]), first.error, ""] if first.error else []

@@ -84,8 +84,6 @@ def _job_env(options: LaunchOptions, seat: Seat, *, environ: Mapping[str, str]) 
     }
     if options.plan:
         env["DISTRAIN_PLAN"] = options.plan
-    if nproc > 1 and "OMP_NUM_THREADS" not in environ:
-        env["OMP_NUM_THREADS"] = "1"
     return env
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from distrain.core.errors import Problem, raise_if
+from distrain.planners.parallel_plan import ParallelPlan
 
 Placement = tuple[tuple[int, ...], ...]
 
@@ -17,61 +18,27 @@ def in_order(nprocs: Sequence[int]) -> Placement:
 def read_plan(path: str, *, nprocs: Sequence[int]) -> Placement:
     """The placement of the plan at ``path`` over nodes of ``nprocs`` ranks.
 
-    Raises ConfigError if the plan cannot be read, is for another number of ranks, or does not place each rank once.
+    Raises ConfigError if the plan cannot be read or used, or is for other nodes than these.
     """
-    from distrain.planners.parallelism import ParallelPlan
-
     plan = ParallelPlan.load(path)
-    raise_if(placement_problems(plan.placement, world_size=plan.world_size, nprocs=nprocs))
-    return tuple(tuple(ranks) for ranks in plan.placement) or in_order(nprocs)
+    raise_if(_misfits(plan, nprocs))
+    return plan.placement or in_order(nprocs)
 
 
-def placement_problems(
-    placement: Sequence[Sequence[int]], *, world_size: int, nprocs: Sequence[int]
-) -> list[Problem]:
-    """Everything that keeps ``placement`` (ranks by node; empty: in order) from fitting nodes of ``nprocs`` ranks."""
+def _misfits(plan: ParallelPlan, nprocs: Sequence[int]) -> list[Problem]:
+    """What keeps ``plan``, sound in itself, from fitting nodes of ``nprocs`` ranks."""
     problems = []
-    num_ranks = sum(nprocs)
-    if world_size != num_ranks:
-        problems.append(
-            Problem(
-                "the plan is for another number of ranks",
-                got=f"world_size = {world_size}, but {len(nprocs)} nodes give {num_ranks}",
-                hint="plan for this many ranks, or change --nnodes and --nproc-per-node",
-            )
-        )
-    if not placement:
+    if plan.world_size != sum(nprocs):
+        hint = "plan anew, or change --nnodes and --nproc-per-node"
+        got = f"the plan: {plan.world_size}, the launch: {sum(nprocs)}"
+        problems.append(Problem("the plan is for another number of ranks", got=got, hint=hint))
+    if not plan.placement:
         return problems
-    if len(placement) != len(nprocs):
-        problems.append(
-            Problem(
-                "the plan places ranks on another number of nodes",
-                got=f"{len(placement)}",
-                allowed=f"{len(nprocs)}",
-            )
-        )
-    for node, (ranks, nproc) in enumerate(zip(placement, nprocs, strict=False)):
+    if len(plan.placement) != len(nprocs):
+        got = f"the plan: {len(plan.placement)}, the launch: {len(nprocs)}"
+        problems.append(Problem("the plan is for another number of nodes", got=got))
+    for node, (ranks, nproc) in enumerate(zip(plan.placement, nprocs, strict=False)):
         if len(ranks) != nproc:
-            problems.append(
-                Problem(
-                    f"the plan gives node {node} too many or too few ranks",
-                    got=f"{len(ranks)}",
-                    allowed=f"{nproc}",
-                )
-            )
-    placed = [rank for ranks in placement for rank in ranks]
-    twice = sorted({rank for rank in placed if placed.count(rank) > 1})
-    missing = sorted(set(range(num_ranks)) - set(placed))
-    unknown = sorted(set(placed) - set(range(num_ranks)))
-    for ranks, error in (
-        (twice, "more than once"),
-        (missing, "nowhere"),
-        (unknown, "though they do not exist"),
-    ):
-        if ranks:
-            problems.append(
-                Problem(
-                    f"the plan places ranks {error}", got=", ".join(map(str, ranks)), allowed="each rank once"
-                )
-            )
+            got = f"the plan: {len(ranks)}, the launch: {nproc}"
+            problems.append(Problem(f"the plan is for another number of ranks on node {node}", got=got))
     return problems

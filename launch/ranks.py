@@ -11,8 +11,10 @@ from .failure import HEADER, WorkerExit, error_in, recorded_error
 from .job import Seat, WorkerSpec
 from .options import LaunchOptions
 from .output import Console, label, wants_colour
+from .reaper import Reaper
+from .sessions import survivors
 from .stream import Stream
-from .worker import Worker, survivors
+from .worker import Worker
 
 ERROR_FILE = "error.json"
 
@@ -35,6 +37,7 @@ class Ranks:
         self._out = out
         self._err = err
         self._streams: list[list[Stream]] = []
+        self._reaper = Reaper()
 
     def start(self, spec: WorkerSpec, *, environ: Mapping[str, str]) -> None:
         """Start one rank; ``environ`` decides on colours."""
@@ -61,6 +64,7 @@ class Ranks:
                         errors=self._err,
                     )
                 )
+        self._reaper.watch(worker.pid)
         self.workers.append(worker)
         self._streams.append(streams)
 
@@ -102,7 +106,8 @@ class Ranks:
         return tuple(self._exit(*pair) for pair in zip(self.workers, self._streams, strict=True))
 
     def close(self) -> None:
-        """Let the processes and pipes go."""
+        """Let the processes and pipes go; what still runs is killed."""
+        self._reaper.close()
         for worker in self.workers:
             worker.close()
 

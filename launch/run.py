@@ -61,16 +61,9 @@ def run_job(
 def run(options: LaunchOptions, *, environ: Mapping[str, str] = os.environ) -> int:
     """Run what ``options`` ask for; its exit code. Raises ConfigError before anything starts, LaunchError later."""
     raise_if(check(options))
-    if options.nproc > 1 and "OMP_NUM_THREADS" not in environ:
-        print(
-            "[launch] OMP_NUM_THREADS is not set: every rank computes with 1 thread",
-            file=sys.stderr,
-            flush=True,
-        )
-        environ = {**environ, "OMP_NUM_THREADS": "1"}
     sys.stdout.flush()
     if options.emulate_nodes > 1:
-        return run_emulated(options, environ=environ)
+        return run_emulated(options, environ=with_threads(options, environ))
     return run_node(options, environ=environ)
 
 
@@ -81,7 +74,7 @@ def run_node(
     with ExitStack() as stack:
         meeting = meet(options, listener=listener)
         seat = meeting.seat
-        specs = plan_workers(options, seat, environ=environ)
+        specs = plan_workers(options, seat, environ=with_threads(options, environ))
         others = team(meeting.links, nodes=seat.nodes, node_rank=seat.node_rank)
         stack.callback(others.close)
         folder = stack.enter_context(_folder(options))
@@ -102,6 +95,19 @@ def run_node(
     return others.code
 
 
+def with_threads(options: LaunchOptions, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """``environ`` with one compute thread a rank, unless it says otherwise or the node has one rank."""
+    if options.nproc == 1 or "OMP_NUM_THREADS" in environ:
+        return environ
+    say("OMP_NUM_THREADS is not set: every rank computes with 1 thread")
+    return {**environ, "OMP_NUM_THREADS": "1"}
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own, before the agent's loop takes over."""
+    print(f"[launch] {text}", file=sys.stderr, flush=True)
+
+
 def _tell(agent: Agent, others: Team, *, options: LaunchOptions) -> None:
     """Say how a job ended that did not end well: node 0 for all, another node only what node 0 cannot."""
     reports = [others.reports[node_rank] for node_rank in sorted(others.reports)]
@@ -110,10 +116,10 @@ def _tell(agent: Agent, others: Team, *, options: LaunchOptions) -> None:
         agent.say(f"stopped by {signal_name(others.code - 128)}")
     elif others.code and alone:
         exits = [each for report in reports for each in report.exits]
-        trouble = next((report.trouble for report in reports if report.trouble), "")
+        trouble = others.trouble or next((report.trouble for report in reports if report.trouble), "")
         agent.tell(summary(exits, trouble=trouble))
     elif others.code and not options.node_name:
-        agent.say(f"the job failed, node {others.nodes[0]} has the summary: {others.why}")
+        agent.say(f"the job failed: {others.why}; {others.nodes[0]} tells more")
 
 
 @contextmanager
@@ -136,7 +142,7 @@ def _folder(options: LaunchOptions) -> Iterator[Path]:
         Path(options.log_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{options.run_id}_", dir=options.log_dir or None))
     if kept:
-        print(f"[launch] logs: {folder}", file=sys.stderr, flush=True)
+        say(f"logs: {folder}")
     try:
         yield folder / "attempt_0"
     finally:

@@ -83,7 +83,7 @@ class Team:
         """One kind's answer to the loss of a node."""
 
     def _lost(self, node_rank: int) -> str:
-        return f"node {self.nodes[node_rank]} is lost: its launcher is gone or does not answer"
+        return f"{self.nodes[node_rank]} is lost: its launcher is gone or does not answer"
 
 
 class Host(Team):
@@ -103,7 +103,7 @@ class Host(Team):
         self.reports[node_rank] = report
         first = first_failure(report.exits)
         if first or report.trouble:
-            why = f"rank {first.rank} on node {first.node} failed: {first.how}" if first else report.trouble
+            why = f"rank {first.rank} on {first.node} failed: {first.how}" if first else report.trouble
             self._stop(why, signum=0, origin=node_rank)
         self._settle()
 
@@ -118,7 +118,7 @@ class Host(Team):
         if len(self.reports) == len(self.nodes):
             super()._settle()
             first = first_failure(each for report in self.reports.values() for each in report.exits)
-            why = f"rank {first.rank} on node {first.node} failed first: {first.how}" if first else self.why
+            why = f"rank {first.rank} on {first.node} failed first: {first.how}" if first else self.why
             for link in self.links.values():
                 link.send({"end": self.code, "why": why})
 

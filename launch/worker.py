@@ -8,9 +8,8 @@ given to a stranger while signals may still be sent to it.
 import os
 import signal
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO
 
 from .job import WorkerSpec
@@ -70,14 +69,3 @@ class Worker:
         for pipe in self.pipes:
             if pipe is not None:
                 pipe.close()
-
-
-def survivors(sessions: Collection[int]) -> list[int]:
-    """Living processes in any of ``sessions`` (named by their leaders), zombies left out."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, session = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state not in ("Z", "X"):
-                found.append(int(stat.parent.name))
-    return found
