@@ -214,11 +214,13 @@ def _infeasible(priced: list[Priced], cluster: ClusterSpec, global_batch: int) -
             hint=f"--set data.global_batch={-(-global_batch // world) * world}",
         )
     closest = min(priced, key=lambda p: (p.memory.shortfall_bytes, p.order()))
-    lacks = "; ".join(problem.got for problem in closest.memory.problems())
+    problems = closest.memory.problems()
+    lacks = gib(closest.memory.shortfall_bytes)
     return InfeasibleError(
         "no layout fits the memory",
-        got=f"of {len(priced):,} layouts {closest.layout} comes closest: {lacks}",
-        allowed="; ".join(problem.allowed for problem in closest.memory.problems()),
+        got=f"the closest of {len(priced):,}, {closest.layout}, lacks {lacks}: "
+        + "; ".join(problem.got for problem in problems),
+        allowed="; ".join(problem.allowed for problem in problems),
         hint="more devices, a shorter data.seq_len, or a smaller model",
     )
 
