@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from signal import SIGKILL
 
 from .failure import NodeReport, first_failure, signal_name
 from .output import Console
@@ -127,7 +128,9 @@ class Agent:
         if self._ladder is None and not self._ranks.running and self._ranks.survivors():
             self._ladder = Ladder.after_failure(grace_s=self._grace_s, now=now)
         for signum in self._ladder.due(now=now) if self._ladder else []:
-            self._ranks.signal(signum)
+            self._ranks.stop(signum)
+        if self._ladder and self._ladder.exhausted:
+            self._ranks.stop(SIGKILL)
 
     def _look_for_trouble(self, *, now: float) -> None:
         first = first_failure(self._ranks.ended())

@@ -78,16 +78,16 @@ class Ranks:
         return sum(worker.exit_code is None for worker in self.workers)
 
     def signal(self, signum: int) -> None:
-        """Send a signal: one that stops goes to everything a rank has started, another to the rank alone."""
-        stops = signum not in (signal.SIGUSR1, signal.SIGUSR2)
-        if stops:
-            self.stopped_at = min(self.stopped_at, time.time())
+        """Send ``signum`` to the ranks alone."""
         for worker in self.workers:
-            worker.signal(signum, group=stops)
-        if signum == signal.SIGKILL:
-            for pid in self.survivors():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signum)
+            worker.signal(signum)
+
+    def stop(self, signum: int) -> None:
+        """Send ``signum`` to the ranks and to everything they have started, to end them."""
+        self.stopped_at = min(self.stopped_at, time.time())
+        for pid in self.survivors():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signum)
 
     def survivors(self) -> list[int]:
         """Processes in the ranks' sessions that still live."""

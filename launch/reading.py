@@ -178,7 +178,8 @@ class _Reader:
         if self.values["standalone"] or (nnodes == 1 and not endpoint and not self.values["master_port"]):
             if self.values["standalone"] and nnodes != 1:
                 self._problem("nnodes", "must be 1 with --standalone", allowed="1")
-            return {"nnodes": nnodes, "run_id": str(uuid.uuid4()), "shared_port": True}
+            node_rank = 0 if self.values["standalone"] else self._integer("node_rank")
+            return {"nnodes": nnodes, "node_rank": node_rank, "run_id": str(uuid.uuid4())}
         c10d = backend == "c10d"
         if c10d and not endpoint:
             self._problem("rdzv_endpoint", "is needed by --rdzv-backend c10d", allowed="HOST:PORT")

@@ -48,6 +48,11 @@ class Ladder:
         """When the next step is due."""
         return self._steps[0][0] if self._steps else self.gives_up_at
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether SIGKILL has been due; what is born since needs another."""
+        return not self._steps
+
     def hurry(self, *, now: float) -> None:
         """Make the next step due at once, and the others as much earlier."""
         if self._steps:

@@ -51,18 +51,16 @@ class Worker:
                 killed = end.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
                 self.exit_code, self.exited_at = (-end.si_status if killed else end.si_status), now
 
-    def signal(self, signum: int, *, group: bool) -> None:
-        """Send ``signum`` to the process, or to its whole process group."""
-        with suppress(ProcessLookupError):
-            if group:
-                os.killpg(self.pid, signum)
-            elif self.exit_code is None:
+    def signal(self, signum: int) -> None:
+        """Send ``signum`` to the process, if it still runs."""
+        if self.exit_code is None:
+            with suppress(ProcessLookupError):
                 os.kill(self.pid, signum)
 
     def close(self) -> None:
         """Let the process go; one that still runs is killed."""
         if self.exit_code is None:
-            self.signal(signal.SIGKILL, group=True)
+            self.signal(signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # one that SIGKILL does not end hangs in the kernel
             self._process.wait(timeout=KILL_WAIT_S)
         os.close(self.pidfd)
