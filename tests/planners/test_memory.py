@@ -112,7 +112,7 @@ def test_zbv_has_embedding_and_head_on_one_rank_and_no_more_in_flight_than_1f1b(
 
 
 @pytest.mark.parametrize("change", [{"micro_batch_size": 4}, {"seq_len": 128}])
-def test_activations_grow_with_the_tokens_of_a_micro_batch(change: dict[str, int]) -> None:
+def test_activations_grow_with_the_tokens_of_a_micro_batch(change: dict[str, Any]) -> None:
     before, after = memory(Degrees()).ranks[0], memory(Degrees(), **change).ranks[0]
     assert after.activations_bytes == 2 * before.activations_bytes
     assert states(after) == states(before)
@@ -124,7 +124,8 @@ def test_a_window_needs_its_mask() -> None:
 
 
 def test_the_175b_model_fits_96_devices_with_tensor_and_pipeline_parallelism_only() -> None:
-    shape, common = PRESETS["175b"], {"micro_batch_size": 1, "seq_len": 2048, "micro_batches": 128}
+    shape = PRESETS["175b"]
+    common: dict[str, Any] = {"micro_batch_size": 1, "seq_len": 2048, "micro_batches": 128}
     cluster = replace(GPUS, num_nodes=12)
     alone = memory(
         Degrees(dp=96, dp_shard=96),
