@@ -28,6 +28,7 @@ from .errors import MissingDependencyError
 
 COMPILER = "g++"
 FLAGS = ("-O3", "-std=c++17", "-Wall", "-shared", "-fPIC", "-pthread")
+CPU_INFO = Path("/proc/cpuinfo")
 _COMPILED = (".cpp", ".cc", ".cxx")
 
 
@@ -79,7 +80,7 @@ def _processor(flags: Sequence[str]) -> str:
     """What the library is bound to if it is tuned to this processor, since caches are shared between nodes."""
     if not any(flag.startswith("-march=native") for flag in flags):
         return ""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = CPU_INFO.read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 

@@ -42,12 +42,10 @@ def test_events_measure_milliseconds_and_must_be_recorded_first(device: Device) 
         start.elapsed_time(end)
     before = time.perf_counter()
     start.record()
-    matrix = torch.ones(512, 512, device=device.torch_device)
-    for _ in range(4):
-        matrix = matrix @ matrix
+    time.sleep(0.004)
     end.record()
     device.synchronize()
-    assert 0 < start.elapsed_time(end) <= (time.perf_counter() - before) * 1000
+    assert 2 <= start.elapsed_time(end) <= (time.perf_counter() - before) * 1000
 
 
 def test_pinned_memory_has_the_shape_asked_for_and_is_pinned_where_it_matters(device: Device) -> None:

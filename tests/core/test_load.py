@@ -195,6 +195,7 @@ def test_an_unknown_key_names_the_allowed_and_the_nearest(
     (problem,) = problems_of(write(tmp_path, text))
     assert (problem.error, problem.hint) == (error, hint)
     assert problem.allowed
+    assert "run.toml:" in problem.got
 
 
 def test_an_unknown_double_underscore_variable_is_a_problem(tmp_path: Path) -> None:

@@ -97,7 +97,28 @@ def test_another_compiler_version_builds_anew(
     native.load("answer", [path], build=True)
     assert log.read_text().count("compile") == 1
     assert len(list(cache.rglob("*.so"))) == 2
+    newest = max(cache.rglob("*.so"), key=lambda library: library.stat().st_mtime_ns)
+    assert native.load("answer", [path], build=False)._name == str(newest)
+
+
+def test_another_torch_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.load("answer", [source(tmp_path)], build=True)
+    monkeypatch.setattr(native, "version", lambda name: "99.0")
+    with pytest.raises(MissingDependencyError, match="not built"):
+        native.load("answer", [source(tmp_path)], build=False)
+
+
+def test_a_library_tuned_to_one_processor_is_not_loaded_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, path = ["-march=native"], source(tmp_path)
+    for flags in (tuned, []):
+        native.load("answer", [path], build=True, flags=flags)
+    (tmp_path / "cpuinfo").write_text("flags : fpu another\n")
+    monkeypatch.setattr(native, "CPU_INFO", tmp_path / "cpuinfo")
     assert answer(native.load("answer", [path], build=False)) == 42
+    with pytest.raises(MissingDependencyError, match="not built"):
+        native.load("answer", [path], build=False, flags=tuned)
 
 
 def test_what_the_compiler_says_is_shown_and_nothing_is_left_behind(tmp_path: Path, cache: Path) -> None:
@@ -151,8 +172,7 @@ def test_a_killed_build_holds_nobody_up_and_leaves_no_half_library(
 ) -> None:
     started, go_on = tmp_path / "started", tmp_path / "go_on"
     os.mkfifo(started)
-    os.mkfifo(go_on)
-    shim(tmp_path, monkeypatch, before=f"echo > {started}; read line < {go_on}")
+    shim(tmp_path, monkeypatch, before=f"echo > {started}; until [ -e {go_on} ]; do sleep 0.01; done")
     path = source(tmp_path)
     first = builder(path)
     started.read_text()  # the compiler is at work
@@ -160,8 +180,7 @@ def test_a_killed_build_holds_nobody_up_and_leaves_no_half_library(
     first.communicate(timeout=20)
     second = builder(path)
     started.read_text()
-    with go_on.open("w") as gate:  # the orphaned compiler of the first waits here too
-        gate.write("go\ngo\n")
+    go_on.touch()  # the orphaned compiler of the first waited for this too
     out, err = second.communicate(timeout=50)
     assert (second.returncode, out.strip()) == (0, "42"), err
     assert len(list(cache.rglob("*.so"))) == 1
