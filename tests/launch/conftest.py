@@ -28,6 +28,7 @@ class Job:
 
     def __init__(self, argv: list[str], *, folder: Path, env: Mapping[str, str]) -> None:
         self.folder = folder
+        self.environ = {**CLEAN, **env}
         self._out, self._err = folder / "stdout", folder / "stderr"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
@@ -35,7 +36,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**CLEAN, **env},
+                env=self.environ,
                 cwd=folder,
                 start_new_session=True,
             )
