@@ -186,7 +186,7 @@ class CudaDevice(Device):
         self.torch_device = torch.device("cuda", index)
 
     def stream(self) -> Stream:
-        return torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.torch_device)
 
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self.torch_device)
@@ -195,7 +195,7 @@ class CudaDevice(Device):
         return torch.cuda.stream(stream)
 
     def event(self, *, timing: bool = False) -> Event:
-        return torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+        return torch.cuda.Event(enable_timing=timing)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

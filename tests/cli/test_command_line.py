@@ -27,7 +27,7 @@ def distrain_process(*argv: str | Path, **environ: str) -> "subprocess.Popen[str
 
 def with_verb(monkeypatch: pytest.MonkeyPatch, name: str, face: object) -> None:
     """Let ``face`` stand for the verb ``name``, as if it lay in its file."""
-    monkeypatch.setitem(sys.modules, f"distrain.cli.{name}", SimpleNamespace(**{name: face}))  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, f"distrain.cli.{name}", SimpleNamespace(**{name: face}))
 
 
 def test_help_lists_every_verb_in_its_group_with_one_line_and_ends_with_examples(
@@ -150,7 +150,7 @@ def test_one_broken_verb_leaves_the_others_standing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.toml").write_text("seed = 5\n")
-    monkeypatch.setitem(sys.modules, "distrain.cli.train", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "distrain.cli.train", None)
     assert main(["--help"]) == 0
     assert main(["config", "show", str(tmp_path / "run.toml")]) == 0
     assert "seed = 5" in capsys.readouterr().out

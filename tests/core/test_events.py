@@ -49,10 +49,16 @@ def test_scalars_events_and_spans_come_back_with_time_rank_and_host(tmp_path: Pa
             attributes["loss"] = 2.25
         log.event("done", reason="steps")
     loss, evaluate, done = read_events(path)
-    where = {"rank": 3, "host": "node7"}
-    start = {"wall_s": clock.epoch_s, "mono_ns": 0}
     assert loss == Event(
-        kind="scalar", name="loss", value=2.5, step=1, attributes={"split": "train"}, **where, **start
+        kind="scalar",
+        name="loss",
+        rank=3,
+        host="node7",
+        wall_s=clock.epoch_s,
+        mono_ns=0,
+        value=2.5,
+        step=1,
+        attributes={"split": "train"},
     )
     assert (evaluate.kind, evaluate.duration_s, evaluate.mono_ns) == ("span", 2.0, 1_000_000_000)
     assert evaluate.attributes == {"sequences": 8, "loss": 2.25}
