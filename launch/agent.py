@@ -60,9 +60,8 @@ class Agent:
         while not self._ended(now=time.monotonic()):
             self._turn(arrived)
             self._react(now=time.monotonic())
-        report = NodeReport(
-            exits=self._ranks.finish(), trouble=self._trouble or self._team.trouble, signum=self._signum
-        )
+        exits = self._ranks.finish()
+        report = NodeReport.of(exits, trouble=self._trouble or self._team.trouble, signum=self._signum)
         self._team.finish(report)
         while not self._team.settled:
             self._turn(arrived)

@@ -9,7 +9,7 @@ import json
 import re
 import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -29,6 +29,7 @@ LOST_PEER = (
 TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 """what torch writes in front of a traceback's lines once a process group is there"""
 LONGEST_ERROR_LINES = 60
+LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,15 @@ class NodeReport:
     signum: int = 0
     """the signal that told the node's launcher to stop, if one did before anything failed"""
 
+    @classmethod
+    def of(cls, exits: Sequence[WorkerExit], *, trouble: str, signum: int) -> "NodeReport":
+        """The report on ``exits``: only the first failure keeps more than a line of its error."""
+        first = first_failure(exits)
+        short = [
+            each if each is first else replace(each, error=each.last_line[:LONGEST_LINE]) for each in exits
+        ]
+        return cls(exits=tuple(short), trouble=trouble, signum=signum)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
@@ -128,7 +138,7 @@ def error_in(tail: str) -> str:
     lines = TORCH_PREFIX.sub("", tail).splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith((HEADER, FATAL))]
     if not starts:
-        return "\n".join(lines[-20:]).strip()
+        return "\n".join(line[:LONGEST_LINE] for line in lines[-20:]).strip()
     first = len(starts) - 1
     while first and any(line.startswith(CHAINED) for line in lines[starts[first - 1] : starts[first]]):
         first -= 1
@@ -136,7 +146,7 @@ def error_in(tail: str) -> str:
     if len(found) > LONGEST_ERROR_LINES:
         half = LONGEST_ERROR_LINES // 2
         found = [*found[:half], f"  ... {len(found) - 2 * half} lines ...", *found[-half:]]
-    return "\n".join(found).strip()
+    return "\n".join(line[:LONGEST_LINE] for line in found).strip()
 
 
 def exception_line(error: str) -> str:

@@ -60,7 +60,7 @@ class _Reader:
         redirects, tee = self._streams("redirects", nproc=nproc), self._streams("tee", nproc=nproc)
         if self.values["log_dir"] and not self.values["redirects"] and not self.values["tee"]:
             tee = (3,) * max(nproc, 0)
-        timeout = self.values["shutdown_timeout"]
+        timeout = self.values["shutdown_timeout"] or environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
         options = LaunchOptions(
             command=self._command(words, environ=environ),
             nproc=nproc,

@@ -95,6 +95,8 @@ def refusal(hello: Hello, own: Hello, *, taken: Mapping[int, Hello]) -> str:
         return f"this is job {own.run_id!r} (--rdzv-id), not {hello.run_id!r}"
     if hello.nnodes != own.nnodes:
         return f"the job has {own.nnodes} nodes (--nnodes), not {hello.nnodes}"
+    if not isinstance(hello.nproc, int) or hello.nproc < 1:
+        return "it has no ranks"
     if hello.plan_digest != own.plan_digest:
         return "it has another plan (--plan)"
     if (hello.node_rank is not None) != fixed:
@@ -109,30 +111,50 @@ def refusal(hello: Hello, own: Hello, *, taken: Mapping[int, Hello]) -> str:
 def _gather(options: LaunchOptions, listener: socket.socket) -> Meeting:
     """Node 0's side."""
     own = Hello.of(options)
-    joined: dict[Link, Hello] = {}
-    deadline = time.monotonic() + options.join_timeout_s
+    heard: dict[Link, Hello | None] = {}
+    try:
+        _wait_for_all(heard, own, listener=listener, timeout_s=options.join_timeout_s)
+        joined = {link: hello for link, hello in heard.items() if hello}
+    except BaseException:
+        for link in heard:
+            link.close()
+        listener.close()
+        raise
+    for link in heard.keys() - joined.keys():
+        link.close()
+    if options.shared_port:
+        return _seat_all(options, own, joined, store=listener)
+    listener.close()
+    return _seat_all(options, own, joined, store=listen(options.local_addr or options.master_addr, port=0))
+
+
+def _wait_for_all(
+    heard: dict[Link, Hello | None], own: Hello, *, listener: socket.socket, timeout_s: float
+) -> None:
+    """Take connections into ``heard``, with the hello of those that have joined, until the job is complete."""
+    deadline = time.monotonic() + timeout_s
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-        while len(joined) < options.nnodes - 1:
+        while (num_nodes := 1 + sum(hello is not None for hello in heard.values())) < own.nnodes:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready and time.monotonic() >= deadline:
-                names = ", ".join([own.node, *(hello.node for hello in joined.values())])
-                got = f"{len(joined) + 1} of {options.nnodes} nodes: {names}"
-                raise LaunchError(f"not every node came within {options.join_timeout_s:g} s", got=got)
+                names = ", ".join([own.node, *(hello.node for hello in heard.values() if hello)])
+                got = f"{num_nodes} of {own.nnodes} nodes: {names}"
+                raise LaunchError(f"not every node came within {timeout_s:g} s", got=got)
             for key, _ in ready:
                 if key.fileobj is listener:
-                    selector.register(Link(listener.accept()[0]), selectors.EVENT_READ)
+                    link = Link(listener.accept()[0])
+                    heard[link] = None
+                    selector.register(link, selectors.EVENT_READ)
                 elif isinstance(key.fileobj, Link):
-                    _welcome(key.fileobj, joined, own=own)
+                    _hear(key.fileobj, heard, own=own)
                     if key.fileobj.closed:
                         selector.unregister(key.fileobj)
-                        joined.pop(key.fileobj, None)
+                        del heard[key.fileobj]
                         key.fileobj.close()
-    store = listener if options.shared_port else listen(options.local_addr or options.master_addr, port=0)
-    return _seat_all(options, own, joined, store=store)
 
 
-def _welcome(link: Link, joined: dict[Link, Hello], *, own: Hello) -> None:
+def _hear(link: Link, heard: dict[Link, Hello | None], *, own: Hello) -> None:
     """Hear what came over ``link``: note a hello that fits, refuse one that does not."""
     for message in link.receive():
         try:
@@ -140,13 +162,13 @@ def _welcome(link: Link, joined: dict[Link, Hello], *, own: Hello) -> None:
         except TypeError:
             link.closed = True
             return
-        taken = {each.node_rank: each for each in joined.values() if each.node_rank is not None}
+        taken = {each.node_rank: each for each in heard.values() if each and each.node_rank is not None}
         reason = refusal(hello, own, taken=taken)
         if reason:
             link.send({"refused": reason})
             link.closed = True
         else:
-            joined[link] = hello
+            heard[link] = hello
 
 
 def _seat_all(

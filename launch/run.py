@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from socket import socket
 
-from distrain.core.errors import Problem, raise_if
+from distrain.core.errors import ConfigError, Problem, raise_if
 
 from .agent import Agent
 from .emulate import run_emulated
@@ -74,24 +74,27 @@ def run_node(
     with ExitStack() as stack:
         meeting = meet(options, listener=listener)
         seat = meeting.seat
-        specs = plan_workers(options, seat, environ=with_threads(options, environ))
         others = team(meeting.links, nodes=seat.nodes, node_rank=seat.node_rank)
         stack.callback(others.close)
+        environ = with_threads(options, environ)
+        specs = plan_workers(options, seat, environ=environ)
         folder = stack.enter_context(_folder(options))
+        out, err = Console(1), Console(2)
+        stack.callback(
+            out.flush
+        )  # after the signals have their old meaning: a stopped reader must not hold us
+        stack.callback(err.flush)
         arrived = stack.enter_context(Signals())
         store = stack.enter_context(_serving(meeting.store)) if meeting.store else None
-        out, err = Console(1), Console(2)
-        stack.callback(out.flush)
-        ranks = Ranks(options, seat, folder=folder, out=out, err=err)
+        ranks = Ranks(options, seat, folder=folder, out=out, err=err, environ=environ)
         stack.callback(ranks.close)
         agent = Agent(
             ranks, team=others, consoles=(out, err), store=store, grace_s=options.shutdown_timeout_s
         )
         for spec in specs:
-            ranks.start(spec, environ=environ)
+            ranks.start(spec)
         agent.run(arrived)
         _tell(agent, others, options=options)
-        err.flush()
     return others.code
 
 
@@ -111,10 +114,10 @@ def say(text: str) -> None:
 def _tell(agent: Agent, others: Team, *, options: LaunchOptions) -> None:
     """Say how a job ended that did not end well: node 0 for all, another node only what node 0 cannot."""
     reports = [others.reports[node_rank] for node_rank in sorted(others.reports)]
-    alone = isinstance(others, Host) or len(others.nodes) == 1 or bool(others.trouble)
-    if others.code > 128 and alone:
+    knows_all = isinstance(others, Host) or len(others.nodes) == 1 or bool(others.trouble)
+    if others.code > 128 and knows_all:
         agent.say(f"stopped by {signal_name(others.code - 128)}")
-    elif others.code and alone:
+    elif others.code and knows_all:
         exits = [each for report in reports for each in report.exits]
         trouble = others.trouble or next((report.trouble for report in reports if report.trouble), "")
         agent.tell(summary(exits, trouble=trouble))
@@ -138,9 +141,13 @@ def _serving(listener: socket) -> Iterator[subprocess.Popen[bytes]]:
 def _folder(options: LaunchOptions) -> Iterator[Path]:
     """Where the ranks' error files and logs go; removed at the end unless logs were asked for."""
     kept = bool(options.log_dir or any(options.redirects) or any(options.tee))
-    if options.log_dir:
-        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{options.run_id}_", dir=options.log_dir or None))
+    prefix = options.run_id.replace(os.sep, "_") + "_"
+    try:
+        if options.log_dir:
+            Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=options.log_dir or None))
+    except OSError as error:
+        raise ConfigError("--log-dir cannot be used", got=f"{options.log_dir}: {error.strerror}") from None
     if kept:
         say(f"logs: {folder}")
     try:

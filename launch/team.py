@@ -51,7 +51,10 @@ class Team:
         link = self.links[node_rank]
         for message in link.receive():
             self._heard[node_rank] = now
-            self._take(node_rank, message)
+            try:
+                self._take(node_rank, message)
+            except (KeyError, TypeError, ValueError):  # not one of ours
+                link.closed = True
 
     def tick(self, *, now: float) -> None:
         """Show that this node lives, and look for nodes that do not."""
