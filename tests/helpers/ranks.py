@@ -27,7 +27,15 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor", "numpy", "pytest"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "numpy",
+    "pytest",
+    "hypothesis",
+]
 COLLECTIVE_TIMEOUT_S = 20.0
 GRACE_S = 1.0  # how long the others may go on after the first failure, to say what happened to them
 DUMP_S = 2.0
