@@ -12,9 +12,8 @@ MLP width; w bytes of the residual stream, c bytes of matrix products)::
     gate, silu(gate), up, their product              4 f c        split over features
 
 The gathered inputs are the one part that tensor parallelism does not divide: Megatron gathers anew in
-backward instead. ``n`` is 2, one for each branch, if products run in the precision of the residual stream.
-Under autocast each of the five matrices casts for itself and keeps its own copy. A norm that is not one
-kernel (on a CPU) keeps its normalised input too.
+backward instead. ``n`` is 2, one for each branch; the model casts a norm's output once, for all matrices
+that read it. A norm that is not one kernel (on a CPU) keeps its normalised input too.
 """
 
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def token_bytes(shape: ModelShape, *, tp: int, precision: Precision, fused_norms
     norm = d * w * (1 if fused_norms else 2) / tp
     num_norms = 1 if shape.parallel_block else 2
     # Without tp both branches of a parallel block read one and the same tensor.
-    gathered = 5 if precision.autocast else 1 if shape.parallel_block and tp == 1 else 2
+    gathered = 1 if shape.parallel_block and tp == 1 else 2
     kv_width = shape.num_kv_heads * shape.head_dim
     split = (3 * d + 2 * kv_width + 4 * shape.d_ffn) * c + shape.num_heads * w
     return TokenBytes(

@@ -129,19 +129,12 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
 
 def _relations(config: RunConfig) -> Iterator[Problem]:
     """Values that are fine alone and not together; given and unused is a mistake too."""
-    optimizer, parallel, steps = config.optimizer, config.parallel, config.train.steps
+    optimizer, parallel = config.optimizer, config.parallel
     if optimizer.min_lr > optimizer.lr:
         yield Problem(
             "optimizer.min_lr is above optimizer.lr",
             f"min_lr = {optimizer.min_lr}, lr = {optimizer.lr}",
             f"0 to {optimizer.lr}",
-        )
-    if optimizer.warmup_steps > steps:
-        yield Problem(
-            "the warm-up is longer than the training",
-            f"optimizer.warmup_steps = {optimizer.warmup_steps}, train.steps = {steps}",
-            f"0 to {steps}",
-            f"--set optimizer.warmup_steps={max(0, steps // 5)}",
         )
     if parallel.vpp != 1 and parallel.schedule is not Schedule.INTERLEAVED and not parallel.auto:
         yield Problem(

@@ -210,5 +210,3 @@ def nested(config: RunConfig) -> dict[str, Any]:
         place: dict[str, Any] = tables.setdefault(table, {}) if table else tables
         place[name] = str(value) if isinstance(value, str) else value
     return tables
-
-

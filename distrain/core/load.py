@@ -49,21 +49,26 @@ class _Entry:
 
 
 def load(
-    path: str | Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    check: Callable[[RunConfig], Iterable[Problem]] = lambda config: (),
 ) -> Loaded:
     """Read the config at ``path`` (.toml or .json); lay environment and overrides (``"a.b=5"``) over it.
 
+    ``check`` says whether the values can work together (``checks.check_run``, say). It sees what could be read, so
+    that a misspelt key does not hide an impossible value.
+
     Raises:
-        ConfigError: lists every problem of every layer. Whether the values can work together is another
-            question, which ``checks.py`` answers.
+        ConfigError: lists every problem of every layer, then those of ``check``.
     """
     problems: list[Problem] = []
-    entries = [
-        *_file_entries(Path(path), problems),
-        *_environment_entries(os.environ if environ is None else environ),
-        *_override_entries(overrides, problems),
-    ]
-    return _build(entries, problems)
+    entries = list(_file_entries(Path(path), problems))
+    can_check = not problems
+    entries += _environment_entries(os.environ if environ is None else environ)
+    entries += _override_entries(overrides, problems)
+    return _build(entries, problems, check if can_check else lambda config: ())
 
 
 def parse(tables: Mapping[str, Any]) -> RunConfig:
@@ -72,11 +77,13 @@ def parse(tables: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: lists every key or value that RunConfig does not know.
     """
-    return _build(_table_entries(tables, lambda key: "tables"), []).config
+    return _build(_table_entries(tables, lambda key: "tables"), [], lambda config: ()).config
 
 
-def _build(entries: Iterable[_Entry], problems: list[Problem]) -> Loaded:
-    """Check ``entries`` and apply them in order, the last one of a key winning."""
+def _build(
+    entries: Iterable[_Entry], problems: list[Problem], check: Callable[[RunConfig], Iterable[Problem]]
+) -> Loaded:
+    """Check ``entries`` and apply them in order, the last one of a key winning; ``check`` has the last word."""
     values: dict[str, Any] = {}
     origins = dict.fromkeys(flatten(RunConfig()), "default")
     for entry in entries:
@@ -89,8 +96,9 @@ def _build(entries: Iterable[_Entry], problems: list[Problem]) -> Loaded:
         except (ValueError, OverflowError):
             problems.append(_wrong_type(entry, kind))
         origins[key] = entry.origin
-    raise_if(problems)
-    return Loaded(_assemble(values), origins)
+    config = _assemble(values)
+    raise_if([*problems, *check(config)])
+    return Loaded(config, origins)
 
 
 def _assemble(values: Mapping[str, Any]) -> RunConfig:

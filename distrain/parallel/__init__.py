@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .groups import GroupRegistry
     from .context import Parallel, init
+    from .groups import GroupRegistry
     from .pipeline.runtime import MicroBatch, PipelineRuntime
     from .roles import Role
 

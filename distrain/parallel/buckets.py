@@ -134,7 +134,12 @@ class Buckets:
                 view = bucket.flat[span].view(local.shape)
                 if isinstance(param, DTensor):
                     view = DTensor.from_local(
-                        view, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+                        view,
+                        param.device_mesh,
+                        param.placements,
+                        run_check=False,
+                        shape=param.shape,
+                        stride=param.stride(),
                     )
                 viewing = nn.Parameter(view)
                 setattr(owner, name, viewing)
@@ -199,8 +204,13 @@ class Buckets:
 
     def reduce(self) -> None:
         """Wait until every bucket's sum has arrived; see DataParallelism."""
-        short = [name for b in self._buckets if b.missing for name, p in zip(b.names, b.params, strict=True)
-                 if self._counts[p] < self._micro_batches]
+        short = [
+            name
+            for b in self._buckets
+            if b.missing
+            for name, p in zip(b.names, b.params, strict=True)
+            if self._counts[p] < self._micro_batches
+        ]
         if short:
             raise RuntimeError(f"no gradient in some micro-batch for {', '.join(short)}")
         self._wait()

@@ -60,7 +60,10 @@ def init(
     shape = (degrees.pp, degrees.dp // degrees.dp_shard, degrees.dp_shard, degrees.tp)
     mesh = init_device_mesh(opened.torch_device.type, shape, mesh_dim_names=AXES)
     groups = {axis: mesh.get_group(axis) for axis in AXES}
-    groups |= {"dp": _block(mesh, ("dp_replicate", "dp_shard")), "model": _block(mesh, ("dp_replicate", "dp_shard", "tp"))}
+    groups |= {
+        "dp": _block(mesh, ("dp_replicate", "dp_shard")),
+        "model": _block(mesh, ("dp_replicate", "dp_shard", "tp")),
+    }
     coordinates = {axis: mesh.get_local_rank(axis) for axis in AXES}
     coordinates["dp"] = coordinates["dp_replicate"] * degrees.dp_shard + coordinates["dp_shard"]
     return Parallel(degrees, mesh, GroupRegistry(groups), opened, dist.get_rank(), coordinates)

@@ -7,8 +7,8 @@ from torch import nn
 from distrain.core.vocabulary import DataParallel
 
 from .buckets import Buckets
-from .fsdp import FullySharded
 from .context import Parallel
+from .fsdp import FullySharded
 from .shards import DataParallelism
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -39,7 +38,9 @@ class FullySharded:
             self._modules[index] = module
         self._params = [(n, p) for m in modules.values() for n, p in m.named_parameters()]
         replicas = parallel.degrees.dp // parallel.degrees.dp_shard
-        self.shards: Sequence[Shard] = [_shard(name, param, replicas, parallel) for name, param in self._params]
+        self.shards: Sequence[Shard] = [
+            _shard(name, param, replicas, parallel) for name, param in self._params
+        ]
 
     @contextmanager
     def around(self, op: str, stage: int, micro_batch: int, *, last: bool) -> Iterator[None]:
@@ -83,7 +84,9 @@ def _reduce_now(module: FSDPModule) -> None:
     root: Any = fully_shard.state(module)  # type: ignore[attr-defined]
     for state in root._state_ctx.all_states:
         # Several groups a state since torch 2.13, one before.
-        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        groups = (
+            state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        )
         for group in groups:
             if group is not None:
                 group.post_backward()

@@ -21,7 +21,9 @@ from .plan import plan_of_job
 def train(config: RunConfig) -> None:
     """Join the job that this process was started for, and train."""
     plan = plan_of_job(config)
-    parallel = init(plan, device=config.launch.device, timeout=timedelta(seconds=config.timeouts.collective_s))
+    parallel = init(
+        plan, device=config.launch.device, timeout=timedelta(seconds=config.timeouts.collective_s)
+    )
     hooks: list[Hook] = []
     sinks = []
     if parallel.rank == 0:
@@ -37,10 +39,15 @@ def train(config: RunConfig) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one rank; arguments are a config and ``section.key=value`` overrides."""
     if not argv:
-        raise ConfigError("no config given", allowed="python -m distrain.train CONFIG [section.key=value ...]")
+        raise ConfigError(
+            "no config given", allowed="python -m distrain.train CONFIG [section.key=value ...]"
+        )
     train(load(argv[0], overrides=argv[1:]).config)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # the launcher says so once, for all ranks
+        sys.exit(130)

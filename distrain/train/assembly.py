@@ -60,7 +60,9 @@ def assemble(
     plan = build(schedule, num_ranks=degrees.pp, micro_batches=micro_batches, stages_per_rank=degrees.vpp)
     pp_rank = parallel.coordinates["pp"]
     ranges = stage_layers(shape.num_layers, plan.num_stages)
-    modules = {index: _stage(shape, ranges[index], parallel, data, dtype) for index in plan.stages_of(pp_rank)}
+    modules = {
+        index: _stage(shape, ranges[index], parallel, data, dtype) for index in plan.stages_of(pp_rank)
+    }
     for module in modules.values():
         materialize(module, device=parallel.device.torch_device, seed=seed, num_layers=shape.num_layers)
     shared = share(modules, parallel, data=data, micro_batches=micro_batches)

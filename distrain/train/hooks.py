@@ -83,7 +83,9 @@ class Narrate(Hook):
         self._log_every = log_every
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._bar = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
         self._task = self._bar.add_task("steps")
         self._first_loss: float | None = None
         self._num_tokens = 0

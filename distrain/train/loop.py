@@ -32,11 +32,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.
 class Trainer:
     """A model, its data and its optimizer on one rank of a job."""
 
-    def __init__(self, config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, hooks: Sequence[Hook] = ()) -> None:
+    def __init__(
+        self, config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, hooks: Sequence[Hook] = ()
+    ) -> None:
         self.config, self.plan, self.parallel, self.hooks = config, plan, parallel, hooks
         self.shape = config.model.shape()
         self.step = 0
         self._peak_flops = parallel.device.spec().peak_flops * plan.world_size
+        dtype, device = DTYPES[config.train.dtype], parallel.device.torch_device
+        self._zero = torch.zeros((), dtype=dtype, device=device)
         parallel.device.seed(config.seed)
         corpus = open_corpus(config.data, vocab_size=self.shape.vocab_size)
         self.train_stream = self._stream(corpus, "train")
@@ -48,9 +52,11 @@ class Trainer:
             data=plan.data,
             micro_batches=plan.micro_batches,
             seed=config.seed,
-            dtype=DTYPES[config.train.dtype],
+            dtype=dtype,
         )
-        names = sorted(name for module in self.assembly.modules.values() for name, _ in module.named_parameters())
+        names = sorted(
+            name for module in self.assembly.modules.values() for name, _ in module.named_parameters()
+        )
         self.optimizer = build_optimizer(
             self.assembly.data.shards, config.optimizer, names=names, group=parallel.groups.axis("model")
         )
@@ -99,21 +105,21 @@ class Trainer:
             with self._precision(), loss_context(self.plan.degrees.tp):
                 self.assembly.loss.num_tokens = 1
                 losses = self.assembly.runtime.evaluate(self._share(batch))
-            loss, _ = self._sum_over_ranks(losses, torch.zeros((), device=self.parallel.device.torch_device))
+            loss, _ = self._sum_over_ranks(losses, self._zero)
             total, num_tokens = total + loss.item(), num_tokens + total_tokens(batch)
         return total / num_tokens
 
     def describe(self) -> list[str]:
         """The layout in a few lines."""
-        degrees, shape = self.plan.degrees, self.shape
+        plan, degrees, shape, data = self.plan, self.plan.degrees, self.shape, self.config.data
         return [
-            f"model    {self.config.model.preset}: {shape.num_params / 1e6:,.2f} M parameters, {shape.num_layers} layers,"
-            f" d {shape.d_model}, {shape.num_heads} heads, {shape.num_kv_heads} KV heads, vocabulary {shape.vocab_size}",
-            f"layout   {self.plan.world_size} ranks = tp {degrees.tp} x pp {degrees.pp} x dp {degrees.dp}"
-            f" ({self.plan.data}), {self.plan.schedule}, {degrees.num_stages} stages,"
-            f" {self.plan.micro_batches} micro-batches",
-            f"data     {self.config.data.source}: {self.train_stream.num_sequences:,} sequences of up to"
-            f" {self.config.data.seq_len} tokens, {self.config.data.global_batch} a step",
+            f"model    {self.config.model.preset}: {shape.num_params / 1e6:,.2f} M parameters,"
+            f" {shape.num_layers} layers, d {shape.d_model}, {shape.num_heads} heads,"
+            f" {shape.num_kv_heads} KV heads, vocabulary {shape.vocab_size}",
+            f"layout   {plan.world_size} ranks = tp {degrees.tp} x pp {degrees.pp} x dp {degrees.dp} ({plan.data}),"
+            f" {plan.schedule}, {degrees.num_stages} stages, {plan.micro_batches} micro-batches",
+            f"data     {data.source}: {self.train_stream.num_sequences:,} sequences of up to {data.seq_len} tokens,"
+            f" {data.global_batch} a step",
         ]
 
     def _stream(self, corpus: Corpus, part: Split) -> BatchStream:
@@ -136,7 +142,9 @@ class Trainer:
             mine = replicas[self.parallel.coordinates["dp"]]
             arrays = collate(self.train_stream.fetch(mine.ids), padded_len=mine.padded_len)
             inputs, targets = (torch.from_numpy(array).to(device) for array in arrays)
-            share.append(MicroBatch(inputs, targets, (mine.rows, mine.padded_len // degrees.tp, self.shape.d_model)))
+            share.append(
+                MicroBatch(inputs, targets, (mine.rows, mine.padded_len // degrees.tp, self.shape.d_model))
+            )
         return share
 
     def _precision(self) -> torch.autocast:
@@ -145,7 +153,7 @@ class Trainer:
 
     def _sum_over_ranks(self, losses: Sequence[Tensor], square: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the batch, from wherever last stages are, and squared gradient norm, in one collective."""
-        shares = torch.stack([loss.detach() for loss in losses]).sum() if losses else square.new_zeros(())
+        shares = torch.stack(list(losses)).sum() if losses else self._zero
         totals = torch.stack([shares / self.plan.degrees.tp, square])
         dist.all_reduce(totals)
         return totals[0], totals[1]

@@ -50,7 +50,10 @@ class Machine:
         if device.name == "cpu" and not told.device and here:
             device = DeviceSpec(name="cpu", memory_bytes=host // per_node, peak_flops=device.peak_flops)
         cluster = ClusterSpec(
-            num_nodes=-(-world_size // per_node), devices_per_node=per_node, device=device, host_memory_bytes=host
+            num_nodes=-(-world_size // per_node),
+            devices_per_node=per_node,
+            device=device,
+            host_memory_bytes=host,
         )
         return cls(cluster, tuple(assumed))
 

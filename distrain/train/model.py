@@ -32,9 +32,14 @@ class Rotary:
             self._tables, self._key = self._build(num_tokens, dtype, like.device), key
         return self._tables
 
-    def _build(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _build(
+        self, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         # Angles in float64: at a million tokens, float32 would lose the fast frequencies.
-        exponents = torch.arange(0, self._shape.head_dim, 2, dtype=torch.float64, device=device) / self._shape.head_dim
+        exponents = (
+            torch.arange(0, self._shape.head_dim, 2, dtype=torch.float64, device=device)
+            / self._shape.head_dim
+        )
         positions = torch.arange(num_tokens, dtype=torch.float64, device=device)
         angles = torch.outer(positions, self._shape.rope_theta**-exponents)
         mask = None
@@ -49,6 +54,12 @@ def rotate(x_BHTE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     first, second = x_BHTE.chunk(2, dim=-1)
     turned = torch.cat((first * cos_TF - second * sin_TF, second * cos_TF + first * sin_TF), dim=-1)
     return turned.to(x_BHTE.dtype)
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """``x`` in autocast's type, once for all matrices that read it: they would keep a copy each, and gather float32."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Attention(nn.Module):
@@ -67,7 +78,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Attend over all T tokens of each sequence: [B, T, D] -> [B, T, D]."""
         q_BHTE, k_BKTE, v_BKTE = (
-            proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.wq, self.wk, self.wv)
+            proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.wq, self.wk, self.wv)
         )
         cos, sin, mask = self.rotary.tables(q_BHTE.shape[2], q_BHTE)
         q_BHTE, k_BKTE = rotate(q_BHTE, cos, sin), rotate(k_BKTE, cos, sin)
@@ -108,11 +120,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        normed = self.attn_norm(x_BTD)
+        normed = _as_computed(self.attn_norm(x_BTD))
         if self.mlp_norm is None:
             return x_BTD + self.attn(normed) + self.mlp(normed)  # type: ignore[no-any-return]
         x_BTD = x_BTD + self.attn(normed)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))  # type: ignore[no-any-return]
+        return x_BTD + self.mlp(_as_computed(self.mlp_norm(x_BTD)))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -147,7 +159,11 @@ class Decoder(nn.Module):
         if self.embed is not None:
             kinds["embed"] = Role.EMBEDDING
         for index, block in self.layers.items():
-            kinds |= {f"layers.{index}.{name}": role for name, role in _BLOCK_ROLES if getattr(block, name.split(".")[0])}
+            kinds |= {
+                f"layers.{index}.{name}": role
+                for name, role in _BLOCK_ROLES
+                if getattr(block, name.split(".")[0])
+            }
         if self.head is not None:
             kinds |= {"norm": Role.NORM, "head": Role.HEAD}
         return kinds

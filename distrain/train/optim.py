@@ -33,13 +33,18 @@ def build_optimizer(
     LAMB's norms are summed over it.
     """
     groups = [
-        {"params": [s.param for s in shards if s.decay is decay], "weight_decay": config.weight_decay if decay else 0.0}
+        {
+            "params": [s.param for s in shards if s.decay is decay],
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
         for decay in (True, False)
         if any(s.decay is decay for s in shards)
     ]
     betas = (config.beta1, config.beta2)
     if config.name == "lamb":
-        return Lamb(groups, shards=shards, names=names, lr=config.lr, betas=betas, eps=config.eps, group=group)
+        return Lamb(
+            groups, shards=shards, names=names, lr=config.lr, betas=betas, eps=config.eps, group=group
+        )
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
@@ -68,7 +73,11 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every shard's parameters from its gradient."""
-        updates = [(p, self._direction(p, options), options) for options in self.param_groups for p in options["params"]]
+        updates = [
+            (p, self._direction(p, options), options)
+            for options in self.param_groups
+            for p in options["params"]
+        ]
         ratios = self._trust_ratios([(self._shards[p], update) for p, update, _ in updates])
         for param, update, options in updates:
             shard = self._shards[param]

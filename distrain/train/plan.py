@@ -45,7 +45,9 @@ def plan_of_job(config: RunConfig) -> ParallelPlan:
     if path:
         plan = ParallelPlan.load(Path(path))
     else:
-        plan = layout_of(config, world_size, cluster=Machine.of(config, world_size=world_size, here=True).cluster)
+        plan = layout_of(
+            config, world_size, cluster=Machine.of(config, world_size=world_size, here=True).cluster
+        )
     problems = check_layout(
         config.model.shape(),
         plan.degrees,

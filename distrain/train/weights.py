@@ -21,7 +21,9 @@ def materialize(module: nn.Module, *, device: torch.device, seed: int, num_layer
     module.to_empty(device=device)
     with torch.no_grad():
         for name, param in module.named_parameters():
-            value = initial_value(name, param.shape, device=device, seed=seed, num_layers=num_layers).to(param.dtype)
+            value = initial_value(name, param.shape, device=device, seed=seed, num_layers=num_layers).to(
+                param.dtype
+            )
             if isinstance(param, DTensor):
                 # No rank sends: every rank has made the whole parameter and only cuts out its own part.
                 part = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from helpers.parity import SHAPE, Case, difference, merge, one_process, under_layout
-from helpers.ranks import run_ranks
 
 from distrain.core.config import OptimizerConfig
 from distrain.core.vocabulary import DataParallel as Data
 from distrain.core.vocabulary import Degrees, Schedule
+from helpers.parity import SHAPE, Case, difference, merge, one_process, under_layout
+from helpers.ranks import run_ranks
 
 UNEVEN = (16, 24, 8, 32)
 LAMB = OptimizerConfig(name="lamb", lr=1e-2, clip=0.5)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.parity import ROWS, SEED, SHAPE
-from helpers.ranks import RankFailure, run_ranks
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -22,6 +20,8 @@ from distrain.planners.stages import stage_layers
 from distrain.train.assembly import assemble
 from distrain.train.model import Decoder
 from distrain.train.weights import materialize
+from helpers.parity import ROWS, SEED, SHAPE
+from helpers.ranks import RankFailure, run_ranks
 
 LENGTH, NUM = 16, 4
 ORACLES = {
@@ -39,9 +39,7 @@ def _ids() -> Tensor:
 
 def _ours(kind: Schedule, vpp: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     parallel = init(Degrees(pp=2, vpp=vpp), device="cpu")
-    assembly = assemble(
-        SHAPE, parallel, schedule=kind, data=DataParallel.DDP, micro_batches=NUM, seed=SEED
-    )
+    assembly = assemble(SHAPE, parallel, schedule=kind, data=DataParallel.DDP, micro_batches=NUM, seed=SEED)
     pieces = _ids().chunk(NUM)
     losses = assembly.runtime.step(
         [MicroBatch(x[:, :-1].contiguous(), x[:, 1:], (ROWS, LENGTH, SHAPE.d_model)) for x in pieces]
@@ -74,7 +72,10 @@ def _torchs(kind: Schedule, vpp: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         losses=losses if last else None,
     )
     gradients = {
-        name: param.grad.flatten() for stage in stages for name, param in stage.submod.named_parameters() if param.grad is not None
+        name: param.grad.flatten()
+        for stage in stages
+        for name, param in stage.submod.named_parameters()
+        if param.grad is not None
     }
     return losses, gradients
 
@@ -124,14 +125,18 @@ def _evaluate(rank: int, world_size: int, kind: Schedule, vpp: int) -> list[floa
     assembly = assemble(SHAPE, parallel, schedule=kind, data=DataParallel.DDP, micro_batches=NUM, seed=SEED)
     share = [MicroBatch(x[:, :-1], x[:, 1:], (ROWS, LENGTH, SHAPE.d_model)) for x in _ids().chunk(NUM)]
     forward_only = [loss.item() for loss in assembly.runtime.evaluate(share)]
-    assert not any(param.grad is not None for module in assembly.modules.values() for param in module.parameters())
+    assert not any(
+        param.grad is not None for module in assembly.modules.values() for param in module.parameters()
+    )
     assert forward_only == [loss.item() for loss in assembly.runtime.step(share)]
     assembly.data.reduce()
     return forward_only
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("kind", "vpp"), [(Schedule.ONE_F_ONE_B, 1), (Schedule.INTERLEAVED, 2), (Schedule.ZBV, 2)])
+@pytest.mark.parametrize(
+    ("kind", "vpp"), [(Schedule.ONE_F_ONE_B, 1), (Schedule.INTERLEAVED, 2), (Schedule.ZBV, 2)]
+)
 def test_evaluation_runs_the_forwards_of_a_schedule_and_leaves_no_gradient(kind: Schedule, vpp: int) -> None:
     losses = run_ranks(_evaluate, 2, kind, vpp)
     assert sorted(len(each) for each in losses) == [0, NUM]

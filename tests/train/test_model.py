@@ -33,7 +33,15 @@ def test_the_formula_counts_what_the_model_has(name: str, parallel_block: bool) 
 # Published counts of the Llama and GPT-3 families; a preset's name promises no more than its order.
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("125m", 0.134), ("1.3b", 1.35), ("7b", 6.738), ("13b", 13.016), ("30b", 32.529), ("65b", 65.286), ("175b", 175.2)],
+    [
+        ("125m", 0.134),
+        ("1.3b", 1.35),
+        ("7b", 6.738),
+        ("13b", 13.016),
+        ("30b", 32.529),
+        ("65b", 65.286),
+        ("175b", 175.2),
+    ],
 )
 def test_presets_have_the_size_of_their_name(name: str, billions: float) -> None:
     assert PRESETS[name].num_params / 1e9 == pytest.approx(billions, rel=0.01)
@@ -120,6 +128,7 @@ def test_positions_are_relative() -> None:
     q = torch.randn(1, 1, 6, shape.head_dim, generator=generator, dtype=torch.float64)
     k = torch.randn(1, 1, 6, shape.head_dim, generator=generator, dtype=torch.float64)
     scores = [
-        (rotate(q, cos[s : s + 6], sin[s : s + 6]) @ rotate(k, cos[s : s + 6], sin[s : s + 6]).mT).numpy() for s in (0, 9)
+        (rotate(q, cos[s : s + 6], sin[s : s + 6]) @ rotate(k, cos[s : s + 6], sin[s : s + 6]).mT).numpy()
+        for s in (0, 9)
     ]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-12)

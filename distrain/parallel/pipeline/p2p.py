@@ -74,7 +74,10 @@ class Links:
         if self._unposted:
             message = self._unposted.popleft()
             buffer = torch.empty(message.shape, dtype=message.dtype, device=self._device)
-            group, tag = self._groups.link(message.src, message.dst, message.kind), message.tag(self._num_stages)
+            group, tag = (
+                self._groups.link(message.src, message.dst, message.kind),
+                message.tag(self._num_stages),
+            )
             work = dist.irecv(buffer, src=message.src, group=group, tag=tag)
             assert work is not None
             self._posted[message.kind, message.stage, message.micro_batch] = buffer, work

@@ -75,7 +75,9 @@ class PipelineRuntime:
         links = Links(incoming, groups=self._groups, num_stages=self._last_stage + 1, device=self._device)
         local: dict[tuple[Kind, int, int], Tensor] = {}
         losses: dict[int, Tensor] = {}
-        last_backward = {step.stage: i for i, step in enumerate(steps) if step.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
+        last_backward = {
+            step.stage: i for i, step in enumerate(steps) if step.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        }
         try:
             for position, step in enumerate(steps):
                 arrived = self._take(self._source(step, micro_batches), links, local)
@@ -99,9 +101,13 @@ class PipelineRuntime:
         """The message that ``step`` waits for, if any."""
         match step.op:
             case Op.FORWARD if step.stage > 0:
-                return self._message(Kind.ACTIVATION, step.stage - 1, step.stage, step.micro_batch, micro_batches)
+                return self._message(
+                    Kind.ACTIVATION, step.stage - 1, step.stage, step.micro_batch, micro_batches
+                )
             case Op.BACKWARD | Op.BACKWARD_INPUT if step.stage < self._last_stage:
-                return self._message(Kind.GRADIENT, step.stage + 1, step.stage, step.micro_batch, micro_batches)
+                return self._message(
+                    Kind.GRADIENT, step.stage + 1, step.stage, step.micro_batch, micro_batches
+                )
         return None
 
     def _message(

@@ -69,7 +69,9 @@ class Stage:
             self._saved[micro_batch] = _Saved(saved.source, saved.result, [{"gradient": gradient}])
             return None
         gradients = None if gradient is None else [gradient]
-        _, saved.param_groups = stage_backward_input([saved.result], gradients, [saved.source], self.module.parameters())
+        _, saved.param_groups = stage_backward_input(
+            [saved.result], gradients, [saved.source], self.module.parameters()
+        )
         return saved.source.grad
 
     def backward_weight(self, micro_batch: int) -> None:
