@@ -6,6 +6,7 @@ one of them prints the whole story. An agent that vanishes shows as a closed con
 as silence.
 """
 
+import math
 from collections.abc import Mapping
 
 from .failure import NodeReport, exit_code, first_failure
@@ -33,7 +34,7 @@ class Team:
         self.nodes = nodes
         self._node_rank = node_rank
         self._heard: dict[int, float] = {}
-        self._beat_at = 0.0
+        self._beat_at = -math.inf
 
     def announce(self, why: str, *, signum: int = 0) -> None:
         """Tell the others that this node stops, and why."""

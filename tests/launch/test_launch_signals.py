@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +87,37 @@ def test_a_rank_that_is_started_by_a_dead_launcher_does_not_run() -> None:
     done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == b""
+
+
+PARENT = """
+import subprocess, sys
+from distrain.launch.tether import tethered
+print(subprocess.Popen(tethered(["sleep", "1000"])).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_kernel_kills_a_tethered_process_with_its_parent(
+    all_gone: AllGone, until: Callable[..., None]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        command = Path(f"/proc/{child}/cmdline")
+        until(lambda: command.read_bytes().startswith(b"sleep"), "the exec")
+        parent.kill()
+        all_gone([child])
+
+
+def test_the_loss_of_the_store_ends_the_job(launch: Launch, script: Script, all_gone: AllGone) -> None:
+    job = launch("--nproc-per-node", "2", script(SLEEP))
+    job.until("pid", times=2)
+    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
+    store = [pid for pid in children if b"distrain.launch.store" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(store) == 1
+    os.kill(int(store[0]), signal.SIGKILL)
+    assert job.wait() == 1
+    all_gone(job.pids())
+    assert "error: the rendezvous store ended" in job.err
