@@ -1,4 +1,5 @@
 """Distrain: train large models on GPU clusters, and keep the run alive."""
+
 from pathlib import Path as _Path
 
 __version__ = "0.1.0"

@@ -96,7 +96,7 @@ def _reduce_now(module: FSDPModule) -> None:
 def _shard(name: str, param: Tensor, replicas: int, parallel: Parallel) -> Shard:
     assert isinstance(param, DTensor)
     tp_copies = parallel.degrees.tp if _replicated_over_tp(param) else 1
-    local = nn.Parameter(param.detach().to_local())
+    local = nn.Parameter(param.to_local().detach())
     segment = Segment(name, 0, local.numel())
     return Shard(local, (segment,), replicas * tp_copies, is_decayed(param))
 

@@ -69,7 +69,7 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, *, roles: Mapping[str, Role
 
 def loss_context(tp_degree: int) -> AbstractContextManager[None]:
     """Context for forward and backward of a step, in which a loss on vocabulary-sharded logits is computed locally."""
-    return loss_parallel() if tp_degree > 1 else nullcontext()  # type: ignore[no-untyped-call]
+    return loss_parallel() if tp_degree > 1 else nullcontext()
 
 
 def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

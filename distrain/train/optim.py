@@ -7,6 +7,7 @@ ratio of two norms over the whole parameter, which are summed over the ranks tha
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,20 +87,20 @@ class Lamb(torch.optim.Optimizer):
                 part = slice(segment.start, segment.stop)
                 param.view(-1)[part].sub_(options["lr"] * ratio * update.view(-1)[part])
 
-    def _direction(self, param: Tensor, options: dict[str, object]) -> Tensor:
+    def _direction(self, param: Tensor, options: dict[str, Any]) -> Tensor:
         """Adam's step plus decay, before any scaling."""
-        state = self.state[param]
+        state, gradient = self.state[param], param.grad
+        assert gradient is not None
         if not state:
             state |= {"step": 0, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
         state["step"] += 1
-        beta1, beta2 = options["betas"]  # type: ignore[misc]
-        gradient = param.grad
-        assert gradient is not None
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        mean = state["exp_avg"] / (1 - beta1 ** state["step"])
-        deviation = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(options["eps"])
-        return mean.div_(deviation).add_(param, alpha=options["weight_decay"])  # type: ignore[no-any-return, call-overload]
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = options["betas"]
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        deviation = (square / (1 - beta2 ** state["step"])).sqrt_().add_(options["eps"])
+        update: Tensor = (mean / (1 - beta1 ** state["step"])).div_(deviation)
+        return update.add_(param, alpha=options["weight_decay"])
 
     def _trust_ratios(self, updates: Sequence[tuple[Shard, Tensor]]) -> Tensor:
         """|weight| / |update| of each whole parameter, by its index; 1 where either norm is 0."""

@@ -15,7 +15,7 @@ from distrain.core.vocabulary import DataParallel, Degrees, ModelShape, Schedule
 from distrain.parallel import MicroBatch, init
 from distrain.parallel.shards import clip_, global_norm
 from distrain.parallel.tensor import loss_context
-from distrain.train.assembly import assemble
+from distrain.train.assembly import Assembly, assemble
 from distrain.train.model import Decoder
 from distrain.train.optim import build_optimizer
 from distrain.train.weights import materialize
@@ -137,7 +137,7 @@ def under_layout(rank: int, world_size: int, case: Case) -> Outcome:
     return Outcome(losses, norms, gradients, whole(assembly))
 
 
-def whole(assembly) -> Arrays:
+def whole(assembly: Assembly) -> Arrays:
     """Every parameter of this rank's stages as a whole array."""
     arrays = {}
     for module in assembly.modules.values():
@@ -147,7 +147,7 @@ def whole(assembly) -> Arrays:
     return arrays
 
 
-def _through_parameters(assembly, values: list[Tensor]) -> Arrays:
+def _through_parameters(assembly: Assembly, values: list[Tensor]) -> Arrays:
     """``values``, one a shard, as whole arrays: written into the shards, spread like an update, read, undone."""
     data = assembly.data
     kept = [shard.param.detach().clone() for shard in data.shards]
@@ -191,8 +191,10 @@ class _PlainLamb:
         c = self.config
         self.step_number += 1
         for param, mean, square in self.moments:
-            mean.copy_(c.beta1 * mean + (1 - c.beta1) * param.grad)
-            square.copy_(c.beta2 * square + (1 - c.beta2) * param.grad**2)
+            gradient = param.grad
+            assert gradient is not None
+            mean.copy_(c.beta1 * mean + (1 - c.beta1) * gradient)
+            square.copy_(c.beta2 * square + (1 - c.beta2) * gradient**2)
             update = (mean / (1 - c.beta1**self.step_number)) / (
                 (square / (1 - c.beta2**self.step_number)).sqrt() + c.eps
             )

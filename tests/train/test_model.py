@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from distrain.core.vocabulary import PRESETS, ModelShape
-from distrain.train.model import Decoder
+from distrain.train.model import Block, Decoder, Rotary, rotate
 from distrain.train.weights import initial_value, materialize
 
 SMALL = ModelShape(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ffn=48, vocab_size=64)
@@ -96,6 +95,7 @@ def test_a_window_longer_than_the_sequence_changes_nothing() -> None:
 
 def test_the_parallel_block_adds_both_branches_of_one_norm() -> None:
     block = built(replace(SMALL, parallel_block=True)).layers["0"]
+    assert isinstance(block, Block)
     x = torch.randn(2, 6, SMALL.d_model, generator=torch.Generator().manual_seed(0))
     normed = block.attn_norm(x)
     torch.testing.assert_close(block(x), x + block.attn(normed) + block.mlp(normed))
@@ -106,7 +106,7 @@ def test_grouped_heads_equal_repeated_ones() -> None:
     grouped, full = built(SMALL), built(replace(SMALL, num_kv_heads=4))
     with torch.no_grad():
         for name, param in full.named_parameters():
-            source = dict(grouped.named_parameters())[name]
+            source: torch.Tensor = dict(grouped.named_parameters())[name]
             if name.endswith(("wk.weight", "wv.weight")):
                 heads = source.view(2, SMALL.head_dim, -1).repeat_interleave(2, dim=0)
                 source = heads.reshape(param.shape)
@@ -116,19 +116,11 @@ def test_grouped_heads_equal_repeated_ones() -> None:
 
 
 def test_positions_are_relative() -> None:
-    """Rotary attention depends on distances: the same window of tokens gives the same scores wherever it stands."""
-    attention = built(replace(SMALL, num_layers=1)).layers["0"].attn.double()
+    """Scores of rotated queries and keys depend on distances only, not on where the window of tokens starts."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 6, SMALL.d_model, generator=generator, dtype=torch.float64)
-    shape = replace(SMALL, num_layers=1)
-    rotary = type(attention.rotary)(shape)
-    cos, sin, _ = rotary.tables(16, x)
-    from distrain.train.model import rotate
-
-    q = torch.randn(1, 1, 6, shape.head_dim, generator=generator, dtype=torch.float64)
-    k = torch.randn(1, 1, 6, shape.head_dim, generator=generator, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 6, SMALL.head_dim, generator=generator, dtype=torch.float64)
+    cos, sin, _ = Rotary(SMALL).tables(16, q)
     scores = [
-        (rotate(q, cos[s : s + 6], sin[s : s + 6]) @ rotate(k, cos[s : s + 6], sin[s : s + 6]).mT).numpy()
-        for s in (0, 9)
+        rotate(q, cos[at], sin[at]) @ rotate(k, cos[at], sin[at]).mT for at in (slice(0, 6), slice(9, 15))
     ]
-    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-12)
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-12, atol=1e-12)
