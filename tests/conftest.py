@@ -1,4 +1,6 @@
-"""What holds for every test: repeatable examples, nothing left behind, counts by marker, GPUs where there are."""
+"""What holds for every test: repeatable examples, one thread, nothing left behind, counts by marker, GPUs if any."""
+
+import sys
 
 import pytest
 from hypothesis import settings
@@ -15,6 +17,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if loaded := sys.modules.get("torch"):
+        loaded.set_num_threads(
+            1
+        )  # as ranks have: same sums, and no threads that spin while ranks wait for a core
     if item.get_closest_marker("gpu"):
         import torch
 

@@ -18,6 +18,7 @@ import pickle
 import random
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -114,6 +115,7 @@ def _main(
     rank: int, world_size: int, store: str, stacks: str, reports: Connection, body: bytes, backend: str
 ) -> None:
     """What a rank's process does: reports ("ok", result) or ("failed", time, traceback) as one pickle."""
+    threading.Thread(target=_end_with_the_session, daemon=True).start()
     with open(stacks, "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         try:
@@ -127,6 +129,13 @@ def _main(
         _leave()
         faulthandler.unregister(signal.SIGUSR1)
     reports.close()
+
+
+def _end_with_the_session() -> None:
+    """A killed pytest cannot stop its ranks, and as long as they live the fork server stays too."""
+    if session := multiprocessing.parent_process():
+        session.join()
+        os._exit(1)
 
 
 def _join(rank: int, world_size: int, store: str, backend: str) -> None:

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from helpers.fake import fake_group
+from helpers.leaks import processes
 from helpers.ranks import RankFailure, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -104,6 +109,41 @@ def test_the_others_are_stopped_soon_after_the_first_failure() -> None:
     assert time.monotonic() - start < 25.0
     assert caught.value.first == 1
     assert "stopped" in caught.value.failures[0]
+
+
+def tells_its_pid_and_hangs(rank: int, world_size: int, folder: str) -> None:
+    Path(folder, f"{rank}.tmp").write_text(str(os.getpid()))
+    Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.pid"))
+    threading.Event().wait()
+
+
+ORPHANS = """
+import sys
+from helpers import ranks
+from infrastructure.test_ranks import tells_its_pid_and_hangs
+if __name__ == "__main__":
+    ranks.PRELOAD = ["torch"]  # is enough here
+    ranks.run_ranks(tells_its_pid_and_hangs, 2, sys.argv[1])
+"""
+
+
+def within(condition: Callable[[], bool], *, timeout_s: float = 40.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.processes
+def test_ranks_do_not_outlive_a_session_that_is_killed(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    with subprocess.Popen([sys.executable, "-c", ORPHANS, str(tmp_path)], env=environment) as session:
+        files = [tmp_path / "0.pid", tmp_path / "1.pid"]
+        told = within(lambda: all(file.exists() for file in files))
+        session.kill()
+    assert told
+    pids = [int(file.read_text()) for file in files]
+    assert within(lambda: not any(pid in processes() for pid in pids))
 
 
 def unpicklable(rank: int, world_size: int) -> object:
