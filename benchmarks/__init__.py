@@ -1,0 +1,1 @@
+"""Measurements against raw limits and against other projects; ``python -m benchmarks`` runs all of them."""
