@@ -29,6 +29,11 @@ class Assembly:
     runtime: PipelineRuntime
     loss: "WeightedLoss"
 
+    @property
+    def names(self) -> list[str]:
+        """All parameters of this rank's stages, sorted."""
+        return sorted(name for module in self.modules.values() for name, _ in module.named_parameters())
+
 
 class WeightedLoss:
     """Sum of token losses over the number of tokens of the whole global batch, set before each step.

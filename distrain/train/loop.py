@@ -54,11 +54,11 @@ class Trainer:
             seed=config.seed,
             dtype=dtype,
         )
-        names = sorted(
-            name for module in self.assembly.modules.values() for name, _ in module.named_parameters()
-        )
         self.optimizer = build_optimizer(
-            self.assembly.data.shards, config.optimizer, names=names, group=parallel.groups.axis("model")
+            self.assembly.data.shards,
+            config.optimizer,
+            names=self.assembly.names,
+            group=parallel.groups.axis("model"),
         )
 
     def run(self) -> None:

@@ -106,8 +106,9 @@ def under_layout(rank: int, world_size: int, case: Case) -> Outcome:
         dtype=torch.float64,
     )
     data = assembly.data
-    names = sorted(name for module in assembly.modules.values() for name, _ in module.named_parameters())
-    optimizer = build_optimizer(data.shards, case.optimizer, names=names, group=parallel.groups.axis("model"))
+    optimizer = build_optimizer(
+        data.shards, case.optimizer, names=assembly.names, group=parallel.groups.axis("model")
+    )
     mine = slice(ROWS * parallel.coordinates["dp"], ROWS * (parallel.coordinates["dp"] + 1))
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
