@@ -104,6 +104,7 @@ def test_what_a_rank_has_started_is_stopped_with_it(
     assert job.wait() == 1
     assert len(job.pids()) == 2
     all_gone(job.pids())
+    assert "SIGKILL did not end" not in job.err
 
 
 def test_what_a_rank_has_left_behind_is_stopped_when_the_job_is_done(
@@ -113,6 +114,7 @@ def test_what_a_rank_has_left_behind_is_stopped_when_the_job_is_done(
     job = launch(path)
     assert job.wait() == 0
     all_gone(job.pids())
+    assert "SIGKILL did not end" not in job.err
 
 
 def test_the_same_error_on_several_ranks_is_told_once(launch: Launch, script: Script) -> None:

@@ -1,5 +1,6 @@
 """Output of many ranks on one console: whole lines, every byte, no blocking."""
 
+import fcntl
 import os
 import threading
 
@@ -112,24 +113,20 @@ def test_a_console_without_a_reader_never_blocks_and_loses_nothing(pipe: tuple[i
 
 def test_two_consoles_on_one_pipe_do_not_cut_each_others_lines(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # so that they must take turns
     consoles = [Console(writer), Console(writer)]
     lines = [[f"{name}{i:{'.'}>{20 + i % 70}}\n".encode() for i in range(3000)] for name in "ab"]
-    got = bytearray()
-
-    def read() -> None:
-        while data := os.read(reader, 1 << 16):
-            got.extend(data)
-
-    threads = [threading.Thread(target=read)]
     for console, mine in zip(consoles, lines, strict=True):
         console.write(b"".join(mine))
-        threads.append(threading.Thread(target=console.flush))
-    for thread in threads:
-        thread.start()
-    for thread in threads[1:]:
-        thread.join()
+    got = b""
+    while any(console.waiting for console in consoles):
+        got += os.read(reader, 4096)
+        consoles.reverse()
+        for console in consoles:
+            console.pump()
     os.close(writer)
-    threads[0].join()
+    while data := os.read(reader, 4096):
+        got += data
     os.close(reader)
     assert sorted(got.splitlines(keepends=True)) == sorted(lines[0] + lines[1])
 
