@@ -18,14 +18,14 @@ from distrain.core.errors import DistrainError
 
 from .options import LaunchOptions
 from .signals import Signals
-from .store import LOOPBACK, listen
+from .store import listen_or_explain
 from .tether import tie_to_parent
 
 
 def run_emulated(options: LaunchOptions, *, environ: Mapping[str, str]) -> int:
     """Run a job of ``options.emulate_nodes`` nodes; its exit code."""
     with Signals() as arrived:
-        with listen(LOOPBACK, port=0) as listener:
+        with listen_or_explain(options.master_addr, port=options.master_port) as listener:
             nodes = node_options(options, port=int(listener.getsockname()[1]))
             agents = [_start(node, listener=listener, environ=environ) for node in nodes]
         return exit_code(_wait(agents, arrived))
@@ -41,7 +41,6 @@ def node_options(options: LaunchOptions, *, port: int) -> list[LaunchOptions]:
             nnodes=count,
             node_rank=node_rank,
             node_name=f"node{node_rank:0{len(str(count - 1))}}",
-            master_addr=LOOPBACK,
             master_port=port,
         )
         for node_rank in range(count)

@@ -95,7 +95,7 @@ def test_a_setting_of_the_user_for_nccl_is_kept() -> None:
     assert plan_workers(OPTIONS, SEAT, environ={key: "0"})[0].env[key] == "0"
 
 
-def test_emulated_nodes_have_names_of_one_width_and_meet_on_loopback() -> None:
+def test_emulated_nodes_have_names_of_one_width_and_meet_on_one_port() -> None:
     nodes = node_options(LaunchOptions(command=("true",), emulate_nodes=11), port=7)
     assert [node.node_rank for node in nodes] == list(range(11))
     assert {len(node.node_name) for node in nodes} == {6}

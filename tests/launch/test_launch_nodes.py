@@ -215,10 +215,14 @@ def test_a_node_that_never_comes_is_named(port: str, launch: Launch, script: Scr
 def test_a_port_in_use_is_found_before_anything_starts(launch: Launch, script: Script) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        job = launch("--master-port", port, script("print('ran')"))
-        assert job.wait() == 3
-    assert job.err.startswith(f"error: the port is in use\ngot: 127.0.0.1:{port}\n")
-    assert job.out == b""
+        jobs = [
+            launch("--master-port", port, *more, script("print('ran')"))
+            for more in ([], ["--emulate-nodes", "2"])
+        ]
+        assert [job.wait() for job in jobs] == [3, 3]
+    for job in jobs:
+        assert job.err.startswith(f"error: the port is in use\ngot: 127.0.0.1:{port}\n")
+        assert job.out == b""
 
 
 def test_an_address_of_another_machine_is_found_before_anything_starts(
