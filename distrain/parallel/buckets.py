@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .collectives import all_gather, reduce_scatter
 from .context import Parallel
-from .shards import Segment, Shard, is_decayed
+from .shards import Segment, Shard, box_of, is_decayed
 
 BUCKET_BYTES = 25 * 1024**2
 
@@ -113,13 +113,13 @@ class Buckets:
         first = size * self._dp_rank if self._sharded else 0
         owned = nn.Parameter(flat[first : first + size])
         owned.grad = torch.zeros_like(owned) if self._sharded else gradient
-        segments = tuple(
-            Segment(name, max(start, first) - first, min(start + tensor.numel(), first + size) - first)
-            for (name, _), tensor, start in zip(named, locals_, starts, strict=True)
-            if start < first + size and start + tensor.numel() > first
-        )
+        segments = []
+        for (name, param), tensor, start in zip(named, locals_, starts, strict=True):
+            begin, end = max(start, first), min(start + tensor.numel(), first + size)
+            if begin < end:
+                segments.append(Segment(box_of(name, param), begin - start, begin - first, end - first))
         copies = (self._degrees.tp if kind.over_tp else 1) * (1 if self._sharded else self._degrees.dp)
-        shard = Shard(owned, segments, copies, kind.decay)
+        shard = Shard(owned, tuple(segments), copies, kind.decay)
         names, params = [name for name, _ in named], [param for _, param in named]
         return _Bucket(kind, params, names, starts, flat, gradient, shard)
 

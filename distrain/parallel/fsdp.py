@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from .context import Parallel
-from .shards import Segment, Shard, is_decayed
+from .shards import Segment, Shard, box_of, is_decayed
 
 
 def wrap(module: nn.Module, layers: Sequence[nn.Module], parallel: Parallel) -> None:
@@ -97,7 +97,7 @@ def _shard(name: str, param: Tensor, replicas: int, parallel: Parallel) -> Shard
     assert isinstance(param, DTensor)
     tp_copies = parallel.degrees.tp if _replicated_over_tp(param) else 1
     local = nn.Parameter(param.to_local().detach())
-    segment = Segment(name, 0, local.numel())
+    segment = Segment(box_of(name, param), 0, 0, local.numel())
     return Shard(local, (segment,), replicas * tp_copies, is_decayed(param))
 
 

@@ -12,17 +12,28 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from distrain.core.protocols import MicrobatchHooks
+from distrain.core.protocols import MicrobatchHooks, ShardBox
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Elements ``start`` to ``stop`` (half-open) of a flattened shard belong to the parameter ``name``."""
+    """Elements ``start`` to ``stop`` (half-open) of a flattened shard belong to one parameter.
 
-    name: str
+    They are the elements of this rank's part of the parameter, ``box``, from ``first`` on in C order.
+    """
+
+    box: ShardBox
+    first: int
     start: int
     stop: int
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self.box.fqn
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,17 @@ class DataParallelism(MicrobatchHooks, Protocol):
 
     def updated(self) -> None:
         """The optimizer has written the shards: start spreading the new parameters."""
+
+
+def box_of(name: str, tensor: Tensor) -> ShardBox:
+    """What this rank holds of ``tensor``: all of a plain one, the local part of a DTensor."""
+    shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return ShardBox(fqn=name, dtype=dtype, global_shape=tuple(tensor.shape), offset=offset, shape=shape)
 
 
 def is_decayed(param: Tensor) -> bool:
