@@ -39,7 +39,7 @@ def run_pytest(folder: Path, tests: str, *arguments: str) -> tuple[int, str]:
     """Exit code and output of a full run of a suite of one file, unless ``arguments`` select something."""
     suite = folder / "suite"
     suite.mkdir()
-    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = suite\naddopts = -p no:cacheprovider\n")
+    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = suite\naddopts = -ra -p no:cacheprovider\n")
     (suite / "conftest.py").write_text(textwrap.dedent(INNER_CONFTEST))
     (suite / "test_inner.py").write_text(textwrap.dedent(tests))
     done = subprocess.run(
@@ -61,7 +61,7 @@ def test_tests_are_counted_by_marker_and_skips_by_reason(tmp_path: Path, argumen
     assert code == 0, output
     assert "ranks: 3 (3 passed)" in output
     assert "gpu: 1 (1 skipped)" in output
-    assert "skipped 1: no such device here" in output
+    assert "SKIPPED [1]" in output and "no such device here" in output
     assert "4 passed, 1 skipped" in output.splitlines()[-1]
 
 
