@@ -2,7 +2,8 @@
 
 The rooms launch/, checkpoint/, faults/ and planners/ are top-level folders that Python imports as ``distrain.<room>``
 through the ``__path__`` of distrain/__init__.py. Type checkers and import-linter do not follow ``__path__``; through
-this tree they see one package. Editors that follow pyproject.toml find it too, so run this once after cloning.
+this tree they see one package, and beside it the tests' ``helpers``, as pytest does. Editors that follow
+pyproject.toml find it too, so run this once after cloning.
 """
 
 import sys
@@ -22,9 +23,14 @@ def make_links(root: Path = ROOT) -> Path:
         if link.name not in wanted or not link.exists():
             link.unlink()
     for name, target in wanted.items():
-        if not (tree / name).is_symlink():
-            (tree / name).symlink_to(Path("../..") / target.relative_to(root))
+        _link(tree / name, Path("../..") / target.relative_to(root))
+    _link(tree.parent / "helpers", Path("../tests/helpers"))
     return tree.parent
+
+
+def _link(link: Path, target: Path) -> None:
+    if not link.is_symlink():
+        link.symlink_to(target)
 
 
 if __name__ == "__main__":
