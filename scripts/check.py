@@ -28,7 +28,7 @@ TOOLS = (
     Tool("ruff check", ("ruff", "check", "--output-format", "concise", ".")),
     Tool("ruff format", ("ruff", "format", "--check", "--output-format", "concise", ".")),
     Tool("mypy, package", ("mypy",)),
-    Tool("mypy, tests and scripts", ("mypy", "tests", "scripts")),
+    Tool("mypy, the rest", ("mypy", "tests", "scripts", "benchmarks", "examples")),
     Tool("import layers", ("lint-imports", "--no-logo", "--config", "../pyproject.toml"), folder=".links"),
     Tool("codespell", ("codespell",)),
 )
@@ -57,7 +57,7 @@ def _passes(tool: Tool) -> bool:
     ok = done.returncode == 0
     if not ok:
         print(done.stdout.rstrip())
-    print(f"{'ok' if ok else 'FAILED':6} {tool.name:24} {time.monotonic() - start:5.1f} s", flush=True)
+    print(f"{'ok' if ok else 'FAILED':6} {tool.name:16} {time.monotonic() - start:5.1f} s", flush=True)
     return ok
 
 
