@@ -28,7 +28,7 @@ train: install
 	$(BIN)/distrain train examples/tiny.toml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: install
 	$(BIN)/python scripts/check.py
