@@ -1,0 +1,1 @@
+"""Where checkpoints are kept: one file a kind of medium, each a ``Storage``."""
