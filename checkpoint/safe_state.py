@@ -34,7 +34,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from distrain.core.errors import ConfigError, DataError, DistrainError, Problem, raise_if
+from distrain.core.errors import ConfigError, DistrainError, Problem, raise_if
+
+from .errors import DamageError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -78,12 +80,12 @@ def decode(encoded: object, *, name: str = "state") -> Any:
     """The value that ``encode`` turned into ``encoded``.
 
     Raises:
-        DataError: it is not what ``encode`` writes, or exceeds the limits; names the path, which begins with ``name``.
+        DamageError: it is not what ``encode`` writes, or exceeds the limits; names the path like ``encode``.
     """
     try:
         return _Decoder().value(encoded, name, 0)
     except _TooLargeError as stop:
-        raise DataError(str(stop), got=stop.got, allowed=stop.allowed) from None
+        raise DamageError(str(stop), got=stop.got, allowed=stop.allowed) from None
 
 
 class _TooLargeError(DistrainError):
@@ -302,8 +304,8 @@ def _is_plain_key(key: str) -> bool:
     return not key.startswith("$") and key.isascii()  # a lone surrogate would not survive as a key of JSON
 
 
-def _damaged(path: str, got: str) -> DataError:
-    return DataError(
+def _damaged(path: str, got: str) -> DamageError:
+    return DamageError(
         f"the saved state is damaged at {_short(path)}", got=got, allowed="what a checkpoint writes"
     )
 

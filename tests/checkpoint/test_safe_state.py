@@ -17,8 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distrain.checkpoint.errors import DamageError
 from distrain.checkpoint.safe_state import MAX_BYTES, MAX_DEPTH, MAX_VALUES, decode, encode
-from distrain.core.errors import ConfigError, DataError
+from distrain.core.errors import ConfigError
 
 
 def through_json(value: object) -> Any:
@@ -205,7 +206,7 @@ def test_state_that_contains_itself_or_is_too_deep_ends_in_an_error() -> None:
         encode(circle)
     deepest = encode(nested(MAX_DEPTH))
     assert decode(deepest) == nested(MAX_DEPTH)
-    with pytest.raises(DataError, match="too many levels"):
+    with pytest.raises(DamageError, match="too many levels"):
         decode([deepest])
 
 
@@ -221,9 +222,9 @@ def test_state_that_is_too_large_is_refused_on_both_ways() -> None:
         encode({"a": bytes(MAX_BYTES - 10), "b": np.zeros(3)})
     with pytest.raises(ConfigError, match="too many values"):
         encode([None] * MAX_VALUES)
-    with pytest.raises(DataError, match="too many values"):
+    with pytest.raises(DamageError, match="too many values"):
         decode([None] * MAX_VALUES)
-    with pytest.raises(DataError, match="too many bytes"):
+    with pytest.raises(DamageError, match="too many bytes"):
         decode(["a" * (MAX_BYTES // 2), "b" * (MAX_BYTES // 2), "c"])
 
 
@@ -267,7 +268,7 @@ def test_state_that_is_too_large_is_refused_on_both_ways() -> None:
     ],
 )
 def test_damaged_or_foreign_state_is_refused_and_its_place_named(encoded: object) -> None:
-    with pytest.raises(DataError, match=r"damaged at loader\['x'\]\[1\]"):
+    with pytest.raises(DamageError, match=r"damaged at loader\['x'\]\[1\]"):
         decode({"x": [0, encoded]}, name="loader")
 
 

@@ -1,0 +1,174 @@
+"""Reads the extents of a load plan, each once and verified, and scatters them to where they belong.
+
+A few threads each take the next extent, read it into a buffer of their own and copy its blocks straight to the
+targets. So reading, checking and copying of different extents overlap, memory is bounded by the buffers, and no
+tensor ever exists a second time. Where extents lie does not matter: a file on a disk and a slot of the arena serve
+alike.
+"""
+
+import contextlib
+import math
+import mmap
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distrain.core.errors import Problem, raise_if
+from distrain.core.failpoints import hit
+from distrain.core.protocols import ShardBox
+
+from .layout import DTYPES, EXTENT_BYTES
+from .load_plan import LoadPlan, Read, plan
+
+__all__ = ["Extents", "LoadPlan", "execute", "plan"]
+
+NUM_THREADS = 3
+
+_UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
+Memory: TypeAlias = "memoryview | NDArray[Any]"
+
+
+class Extents(Protocol):
+    """The bytes of one writer."""
+
+    def read(self, extent: int, buffer: memoryview) -> memoryview:
+        """The EXTENT_BYTES of an extent, verified: in ``buffer``, page-aligned memory of that size, or elsewhere.
+
+        Raises:
+            DataError: they are not what was written.
+        """
+
+
+Open: TypeAlias = Callable[[int], AbstractContextManager[Extents]]
+
+
+def execute(
+    load_plan: LoadPlan, open_writer: Open, out: Sequence[Memory], *, num_threads: int = NUM_THREADS
+) -> None:
+    """Fill ``out``, the memory of each target of the plan.
+
+    An array has its target's shape and an element of the same size, of whatever type, and may be strided; a
+    memoryview is contiguous bytes. ``open_writer`` is called once for each writer, from any thread. If this raises,
+    some of the targets are filled and others are not.
+
+    Raises:
+        ConfigError: memory does not fit its target (lists all).
+        DataError: an extent is damaged.
+    """
+    views = _views(load_plan.targets, out)
+    work = _Work(load_plan.reads, open_writer)
+    threads = [
+        threading.Thread(target=work.run, args=(views,), name=f"load-{i}", daemon=True)
+        for i in range(min(num_threads, len(load_plan.reads)))
+    ]
+    with work:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if work.error:
+        raise work.error
+
+
+class _Work:
+    """The reads that are left, shared by threads, and the writers that are open for them."""
+
+    def __init__(self, reads: Sequence[Read], open_writer: Open) -> None:
+        self.error: BaseException | None = None
+        self._reads = iter(reads)
+        self._open_writer = open_writer
+        self._lock = threading.Lock()
+        self._left = Counter(read.writer for read in reads)
+        self._open: dict[int, AbstractContextManager[Extents]] = {}
+        self._extents: dict[int, Extents] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reads = iter(())  # an interrupt leaves threads behind, which end after their present read
+        for number in list(self._open):
+            self._close(number)
+
+    def run(self, views: Sequence[NDArray[Any]]) -> None:
+        """Take one read after another until there is none, or one has failed."""
+        buffer = _buffer()
+        try:
+            while read := self._next():
+                hit("checkpoint.read", writer=read.writer, extent=read.extent)
+                _scatter(read, self._writer(read.writer).read(read.extent, buffer), views)
+                self._done(read.writer)
+        except BaseException as error:
+            with self._lock:
+                self.error = self.error or error
+                self._reads = iter(())
+
+    def _next(self) -> Read | None:
+        with self._lock:
+            return next(self._reads, None)
+
+    def _writer(self, number: int) -> Extents:
+        with self._lock:
+            if number not in self._open:
+                opened = self._open_writer(number)
+                self._extents[number], self._open[number] = opened.__enter__(), opened
+            return self._extents[number]
+
+    def _done(self, number: int) -> None:
+        """Close a writer after its last read: of thousands, only a few are open at a time."""
+        with self._lock:
+            self._left[number] -= 1
+            if not self._left[number]:
+                self._close(number)
+
+    def _close(self, number: int) -> None:
+        del self._extents[number]
+        self._open.pop(number).__exit__(None, None, None)
+
+
+def _buffer() -> memoryview:
+    """Page-aligned memory for one extent, as O_DIRECT wants it, of large pages where the kernel has them."""
+    memory = mmap.mmap(-1, EXTENT_BYTES)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+def _scatter(read: Read, data: memoryview, views: Sequence[NDArray[Any]]) -> None:
+    for block in read.blocks:
+        target = views[block.target]
+        source = np.ndarray(block.shape, target.dtype, data, block.start, block.strides)
+        target[tuple(slice(a, a + n) for a, n in zip(block.offset, block.shape, strict=True))] = source
+
+
+def _views(targets: Sequence[ShardBox], out: Sequence[Memory]) -> list[NDArray[Any]]:
+    """The memory of each target as an array of the target's shape."""
+    views = [_view(target, memory) for target, memory in zip(targets, out, strict=True)]
+    raise_if(
+        [
+            Problem(
+                f"the memory given for {target.fqn} does not fit",
+                got=f"shape {array.shape} of {array.itemsize} bytes an element, writable: {array.flags.writeable}",
+                allowed=f"{target.dtype} of shape {target.shape}, writable",
+            )
+            for target, array in zip(targets, views, strict=True)
+            if (array.shape, array.itemsize) != (target.shape, DTYPES[target.dtype])
+            or not array.flags.writeable
+        ]
+    )
+    return views
+
+
+def _view(target: ShardBox, memory: Memory) -> NDArray[Any]:
+    """``memory`` in elements that keep their bits, whatever they mean; in its own shape if it does not fit."""
+    itemsize = DTYPES[target.dtype]
+    if isinstance(memory, memoryview):
+        array = np.frombuffer(memory, np.uint8)
+        fits = array.nbytes == math.prod(target.shape) * itemsize
+        return array.view(_UNITS[itemsize]).reshape(target.shape) if fits else array
+    return memory.view(_UNITS[itemsize]) if memory.itemsize == itemsize else memory
