@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.core.errors import Problem, raise_if
-from distrain.core.failpoints import hit
 from distrain.core.protocols import ShardBox
 
-from .layout import DTYPES, EXTENT_BYTES
+from .layout import DTYPES, STRIDE
 from .load_plan import LoadPlan, Read, plan
 
 __all__ = ["Extents", "LoadPlan", "execute", "plan"]
@@ -37,7 +36,7 @@ class Extents(Protocol):
     """The bytes of one writer."""
 
     def read(self, extent: int, buffer: memoryview) -> memoryview:
-        """The EXTENT_BYTES of an extent, verified: in ``buffer``, page-aligned memory of that size, or elsewhere.
+        """The EXTENT_BYTES of an extent, verified: in ``buffer``, STRIDE page-aligned bytes, or where they lie.
 
         Raises:
             DataError: they are not what was written.
@@ -100,7 +99,6 @@ class _Work:
         buffer = _buffer()
         try:
             while read := self._next():
-                hit("checkpoint.read", writer=read.writer, extent=read.extent)
                 _scatter(read, self._writer(read.writer).read(read.extent, buffer), views)
                 self._done(read.writer)
         except BaseException as error:
@@ -133,7 +131,7 @@ class _Work:
 
 def _buffer() -> memoryview:
     """Page-aligned memory for one extent, as O_DIRECT wants it, of large pages where the kernel has them."""
-    memory = mmap.mmap(-1, EXTENT_BYTES)
+    memory = mmap.mmap(-1, STRIDE)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)

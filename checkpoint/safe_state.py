@@ -5,11 +5,11 @@ Unpickling a checkpoint runs whatever code its author wished; reading JSON canno
 round-trip here bit by bit. Everything else is refused when it is saved, with the path of each value, so that nobody
 learns at restore what a checkpoint lacks.
 
-None, bool, str, list, finite floats, small ints, and dicts with string keys look in JSON as they do in Python. All
-others are an object with one key that starts with ``$``::
+None, bool, str, list, finite floats, small ints, and dicts with sorted string keys look in JSON as they do in Python.
+All others are an object with one key that starts with ``$``::
 
     (1, 2)                    {"$tuple": [1, 2]}
-    {0: "a"}                  {"$dict": [[0, "a"]]}
+    {"lr": 1, "eps": 2}       {"$dict": [["lr", 1], ["eps", 2]]}
     float("inf")              {"$float": "inf"}
     2**100                    {"$int": "0x10000000000000000000000000"}
     b"ab"                     {"$bytes": "YWI="}
@@ -17,7 +17,7 @@ others are an object with one key that starts with ``$``::
     numpy.zeros((0, 3))       {"$array": ["<f8", [0, 3], ""]}
     torch.bfloat16            {"$dtype": "bfloat16"}
 
-A dict keeps its order, so whoever writes the JSON must not sort keys. Tensors are refused: they belong into boxes, or,
+Dicts keep their order, even if whoever writes the JSON sorts keys. Tensors are refused: they belong into boxes, or,
 where they are small and on the CPU, into a numpy array (``torch.get_rng_state().numpy()``). torch is touched only for
 values that are torch's own.
 """
@@ -30,6 +30,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -161,7 +162,11 @@ class _Encoder(_Meter):
 
     def _dict(self, value: Mapping[Any, Any], path: str, depth: int) -> Json:
         tag = _DICT_TAGS[type(value)]
-        if tag == "$dict" and all(type(key) is str and _is_plain_key(key) for key in value):
+        if (
+            tag == "$dict"
+            and all(type(key) is str and _is_plain_key(key) for key in value)
+            and _is_sorted(value)
+        ):
             return {key: self.value(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
         pairs: list[Json] = [
             [
@@ -302,6 +307,10 @@ def _to_torch(tag: str, payload: Any) -> Any:
 
 def _is_plain_key(key: str) -> bool:
     return not key.startswith("$") and key.isascii()  # a lone surrogate would not survive as a key of JSON
+
+
+def _is_sorted(keys: Iterable[str]) -> bool:
+    return all(first < second for first, second in pairwise(keys))
 
 
 def _damaged(path: str, got: str) -> DamageError:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from distrain.checkpoint.errors import DamageError
 from distrain.checkpoint.intersect import boxes, meeting, runs
-from distrain.checkpoint.layout import DTYPES, EXTENT_BYTES
+from distrain.checkpoint.layout import DTYPES, EXTENT_BYTES, STRIDE
 from distrain.checkpoint.reshard import execute, plan
 from distrain.core.errors import ConfigError
-from distrain.core.failpoints import FAILPOINTS
 from distrain.core.protocols import ShardBox
 
 Point = tuple[int, ...]
@@ -49,6 +48,8 @@ class Memory:
     reads: Counter[tuple[int, int]] = field(default_factory=Counter)
     open: Counter[int] = field(default_factory=Counter)
     opened: Counter[int] = field(default_factory=Counter)
+    damaged: int = -1
+    """the writer whose extents are"""
 
     def write(self, writer: int, byte_offset: int, data: bytes) -> None:
         for i in range(len(data)):
@@ -61,8 +62,10 @@ class Memory:
     def opens(self, writer: int) -> Iterator["Writer"]:
         self.opened[writer] += 1
         self.open[writer] += 1
-        yield Writer(self, writer)
-        self.open[writer] -= 1
+        try:
+            yield Writer(self, writer)
+        finally:
+            self.open[writer] -= 1
 
 
 @dataclass
@@ -72,7 +75,9 @@ class Writer:
 
     def read(self, extent: int, buffer: memoryview) -> memoryview:
         assert self.memory.open[self.number] == 1
-        assert buffer.nbytes == EXTENT_BYTES and np.frombuffer(buffer, np.uint8).ctypes.data % 4096 == 0
+        assert buffer.nbytes == STRIDE and np.frombuffer(buffer, np.uint8).ctypes.data % 4096 == 0
+        if self.number == self.memory.damaged:
+            raise DamageError("crc")
         self.memory.reads[self.number, extent] += 1
         return self.memory.extents[self.number, extent].data
 
@@ -285,12 +290,10 @@ def test_damage_ends_the_load_with_its_error_and_leaves_nothing_open() -> None:
         memory.write(i, 0, b"x")
     todo = plan([whole("w", {"w": tensors})], {"w": tensors})
     before = threading.active_count()
-    with (
-        FAILPOINTS.armed("checkpoint.read", DamageError("crc"), writer=20) as point,
-        pytest.raises(DamageError, match="crc"),
-    ):
+    memory.damaged = 20
+    with pytest.raises(DamageError, match="crc"):
         execute(todo, memory.opens, [np.zeros(40, np.uint8)])
-    assert point.fired and not any(memory.open.values())
+    assert not any(memory.open.values())
     assert len(memory.reads) < 40 and threading.active_count() == before
 
 

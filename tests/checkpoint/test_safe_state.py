@@ -23,8 +23,8 @@ from distrain.core.errors import ConfigError
 
 
 def through_json(value: object) -> Any:
-    """As a manifest carries it: strict JSON text, UTF-8."""
-    return decode(json.loads(json.dumps(encode(value), allow_nan=False).encode()))
+    """As a manifest carries it: strict JSON text, UTF-8, keys sorted."""
+    return decode(json.loads(json.dumps(encode(value), allow_nan=False, sort_keys=True).encode()))
 
 
 def assert_same(got: Any, want: Any) -> None:
