@@ -62,8 +62,8 @@ class BlobWriter:
         self._crcs: dict[int, int] = {}
         self._lock = threading.Lock()
         storage.make_folder(f"{folder}/data/{layout.writer}")
-        self._nbytes = layout.slot_bytes + len(index_of(layout.num_extents)) + CRC_BYTES
-        self._sink = storage.sink(data_path(folder, layout.writer), nbytes=self._nbytes)
+        padding = layout.num_extents * EXTENT_BYTES - layout.nbytes
+        self._sink = storage.sink(data_path(folder, layout.writer), nbytes=layout.slot_bytes - padding)
 
     def write_extent(self, index: int, extent: memoryview) -> None:
         """Write STRIDE bytes, sealed; zeros behind the writer's last byte become a hole in the file."""
@@ -96,8 +96,9 @@ class BlobWriter:
             raise ValueError(f"writer {record.writer}: the record is of other bytes")
         writer, num_extents = record.writer, self._layout.num_extents
         hit("checkpoint.index", writer=writer)
-        self._sink.write(num_extents * STRIDE, memoryview(tail_of(num_extents)))
-        self._sink.finish(nbytes=self._nbytes)
+        end, tail = num_extents * STRIDE, tail_of(num_extents)
+        self._sink.write(end, memoryview(tail))
+        self._sink.finish(nbytes=end + len(tail))
         hit("checkpoint.record", writer=writer)
         self._storage.write(record_path(self._folder, writer), record_document(record))
         for folder in (f"{self._folder}/data/{writer}", f"{self._folder}/data", self._folder):

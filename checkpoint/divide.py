@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Protocol, TypeVar
 
 from distrain.core.errors import ConfigError, Problem
 from distrain.core.protocols import ShardBox
@@ -96,7 +97,19 @@ def _refuse_disagreement(holders: dict[ShardBox, dict[int, int]]) -> None:
         raise ConfigError.of(problems)
 
 
-def overlapping(boxes: Sequence[ShardBox]) -> tuple[ShardBox, ShardBox] | None:
+class Region(Protocol):
+    """Anything with an offset and a shape within one tensor."""
+
+    @property
+    def offset(self) -> tuple[int, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+R = TypeVar("R", bound=Region)
+
+
+def overlapping(boxes: Sequence[R]) -> tuple[R, R] | None:
     """Two boxes of one tensor that share an element, if there are any.
 
     Sweeps along the dim in which the boxes differ most, so that few are open at a time.
@@ -108,7 +121,7 @@ def overlapping(boxes: Sequence[ShardBox]) -> tuple[ShardBox, ShardBox] | None:
     if not dims:
         return solid[0], solid[1]
     sweep = max(range(dims), key=lambda dim: len({box.offset[dim] for box in solid}))
-    open_: list[ShardBox] = []
+    open_: list[R] = []
     for box in sorted(solid, key=lambda box: box.offset[sweep]):
         start = box.offset[sweep]
         open_ = [other for other in open_ if other.offset[sweep] + other.shape[sweep] > start]
@@ -119,6 +132,6 @@ def overlapping(boxes: Sequence[ShardBox]) -> tuple[ShardBox, ShardBox] | None:
     return None
 
 
-def _meet(a: ShardBox, b: ShardBox) -> bool:
+def _meet(a: Region, b: Region) -> bool:
     dims = zip(a.offset, a.shape, b.offset, b.shape, strict=True)
     return all(p < q + m and q < p + n for p, n, q, m in dims)
