@@ -13,9 +13,18 @@ HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.processes
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest prints about the tests of leaky.py."""
+LEAKS = {
+    "test_leaves[child]": r"process: \d+ sleep 1000",
+    "test_leaves[detached]": r"process: \d+ sleep 1000",
+    "test_leaves[unmarked]": r"process: \d+ sleep 1000",
+    "test_leaves[shared]": r"shared memory: distrain-leaky-\w+",
+    "test_leaves[failpoint]": r"armed failpoint: some\.point",
+    "test_leaves[group]": r"process group: still initialized",
+    "test_thread": r"thread: distrain-forgotten",
+}
+
+
+def test_what_a_test_leaves_behind_fails_it_and_is_gone_for_the_next(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -28,7 +37,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     ]
     done = subprocess.run(
         [*command, "--rootdir", str(HERE), "-c", os.devnull, str(HERE / "leaky.py")],
-        cwd=tmp_path_factory.mktemp("leaky"),
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONDONTWRITEBYTECODE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -36,25 +45,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
         timeout=50,
         check=False,
     )
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("test", "what"),
-    [
-        ("test_leaves[child]", r"process: \d+ sleep 1000"),
-        ("test_leaves[detached]", r"process: \d+ sleep 1000"),
-        ("test_leaves[unmarked]", r"process: \d+ sleep 1000"),
-        ("test_leaves[shared]", r"shared memory: distrain-leaky-\w+"),
-        ("test_leaves[failpoint]", r"armed failpoint: some\.point"),
-        ("test_leaves[group]", r"process group: still initialized"),
-        ("test_thread", r"thread: distrain-forgotten"),
-    ],
-)
-def test_what_a_test_leaves_behind_fails_it(output: str, test: str, what: str) -> None:
-    title = re.escape(f"ERROR at teardown of {test} ")
-    assert re.search(rf"_ {title}_+\n+the test left behind:\n  {what}\n", output), output
-
-
-def test_everything_left_is_gone_for_the_next_test_and_nothing_else_counts_as_a_leak(output: str) -> None:
-    assert re.search(r"= 17 passed, 7 errors in ", output), output
+    for test, what in LEAKS.items():
+        title = re.escape(f"ERROR at teardown of {test} ")
+        assert re.search(rf"_ {title}_+\n+the test left behind:\n  {what}\n", done.stdout), done.stdout
+    assert re.search(rf"= 17 passed, {len(LEAKS)} errors in ", done.stdout), done.stdout + done.stderr
