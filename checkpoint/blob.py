@@ -21,7 +21,7 @@ from .crc import crc32c
 from .errors import DamageError
 from .layout import EXTENT_BYTES, GAP_BYTES, STRIDE, WriterLayout
 from .record import CRC_BYTES, WriterRecord, index_of, record_document
-from .storage import Storage
+from .storage import Source, Storage
 
 _PAGE = GAP_BYTES
 
@@ -61,6 +61,7 @@ class BlobWriter:
         self._storage, self._folder, self._layout = storage, folder, layout
         self._crcs: dict[int, int] = {}
         self._lock = threading.Lock()
+        storage.remove(f"{folder}/data/{layout.writer}")  # its record would vouch for what is overwritten now
         storage.make_folder(f"{folder}/data/{layout.writer}")
         padding = layout.num_extents * EXTENT_BYTES - layout.nbytes
         self._sink = storage.sink(data_path(folder, layout.writer), nbytes=layout.slot_bytes - padding)
@@ -115,31 +116,16 @@ class BlobWriter:
 
 
 class BlobReader:
-    """Reads the extents of a blob, each verified; from any thread."""
+    """Reads the extents of a blob, each verified; from any thread. Opening it checks size and index."""
 
     def __init__(self, storage: Storage, folder: str, *, writer: int, crcs: tuple[int, ...]) -> None:
-        self.path = data_path(folder, writer)
-        """below the storage's root"""
-        self._crcs = crcs
-        self._source = storage.source(self.path)
+        self._path, self._crcs = data_path(folder, writer), crcs
+        self._source = storage.source(self._path)
         try:
-            self._check_ends()
+            check_ends(self._source, len(crcs), what=self._path)
         except BaseException:
             self._source.__exit__(None, None, None)
             raise
-
-    def _check_ends(self) -> None:
-        tail, start = tail_of(len(self._crcs)), len(self._crcs) * STRIDE
-        if self._source.nbytes != start + len(tail):
-            raise DamageError(
-                f"{self.path} has another size",
-                got=f"{self._source.nbytes} bytes",
-                allowed=f"{start + len(tail)} bytes for {len(self._crcs)} extents",
-            )
-        found = bytearray(len(tail))
-        self._source.read(start, memoryview(found))
-        if found != tail:
-            raise DamageError(f"{self.path}: the index at byte {start} is damaged")
 
     def read(self, extent: int, buffer: memoryview) -> memoryview:
         """The EXTENT_BYTES of an extent, in ``buffer``: page-aligned memory of that size or, better, of STRIDE.
@@ -147,21 +133,7 @@ class BlobReader:
         Raises:
             DamageError: they are not what was written.
         """
-        hit("checkpoint.read", path=self.path, extent=extent)
-        size = STRIDE if len(buffer) >= STRIDE else EXTENT_BYTES
-        self._source.read(extent * STRIDE, buffer[:size])
-        data, expected = buffer[:EXTENT_BYTES], self._crcs[extent]
-        found = crc32c(data)
-        stored = sealed_crc(buffer) if size == STRIDE else expected
-        if found != expected or stored != expected:
-            where = (
-                f"{self.path}: extent {extent} (bytes {extent * STRIDE} to {extent * STRIDE + EXTENT_BYTES})"
-            )
-            what = "is damaged" if found != expected else "has a damaged checksum behind it"
-            raise DamageError(
-                f"{where} {what}", got=f"crc32c {found:08x}, {stored:08x} stored", allowed=f"{expected:08x}"
-            )
-        return data
+        return read_extent(self._source, extent, buffer, crc=self._crcs[extent], what=self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -170,3 +142,40 @@ class BlobReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._source.__exit__(kind, error, trace)
+
+
+def check_ends(source: Source, num_extents: int, *, what: str) -> None:
+    """Refuse, by DamageError, a blob of another size, or with another index, than ``num_extents`` have."""
+    start, tail = num_extents * STRIDE, tail_of(num_extents)
+    if source.nbytes != start + len(tail):
+        raise DamageError(
+            f"{what} has another size",
+            got=f"{source.nbytes} bytes",
+            allowed=f"{start + len(tail)} bytes for {num_extents} extents",
+        )
+    found = bytearray(len(tail))
+    source.read(start, memoryview(found))
+    if found != tail:
+        raise DamageError(f"{what}: the index at byte {start} is damaged")
+
+
+def read_extent(source: Source, extent: int, buffer: memoryview, *, crc: int, what: str) -> memoryview:
+    """The data of an extent whose checksum is ``crc``; with a buffer of STRIDE, that behind the data is checked too.
+
+    Raises:
+        DamageError: they are not what was written.
+    """
+    start = extent * STRIDE
+    hit("checkpoint.read", path=what, extent=extent)
+    whole = buffer[: STRIDE if len(buffer) >= STRIDE else EXTENT_BYTES]
+    source.read(start, whole)
+    data = whole[:EXTENT_BYTES]
+    found = crc32c(data)
+    behind = sealed_crc(whole) if len(whole) == STRIDE else crc
+    if found == behind == crc:
+        return data
+    where = f"{what}: extent {extent} (bytes {start} to {start + EXTENT_BYTES})"
+    fault = "is damaged" if found != crc else "is sound, but the checksum behind it is damaged"
+    raise DamageError(
+        f"{where} {fault}", got=f"{found:08x}, {behind:08x} stored", allowed=f"crc32c {crc:08x}"
+    )

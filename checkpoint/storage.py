@@ -52,6 +52,10 @@ class Storage(Protocol):
     def name(self) -> str:
         """How people call it: a path or an address."""
 
+    @property
+    def atomic_rename(self) -> bool:
+        """Whether ``rename`` of a folder happens at once or not at all; object stores cannot."""
+
     def names(self, folder: str = "") -> Sequence[str]:
         """Names in ``folder``, sorted; none if there is no such folder."""
 
@@ -69,7 +73,11 @@ class Storage(Protocol):
         """Begin to write a file of about ``nbytes``."""
 
     def source(self, path: str) -> Source:
-        """Open a file for reading."""
+        """Open a file for reading.
+
+        Raises:
+            DamageError: there is none.
+        """
 
     def make_folder(self, path: str) -> None:
         """Create a folder and those above it, where there are none."""
@@ -80,8 +88,8 @@ class Storage(Protocol):
     def rename(self, old: str, new: str) -> None:
         """Rename a folder; ``new`` does not exist."""
 
-    def remove(self, folder: str) -> None:
-        """Delete a folder and all below it; nothing happens if there is none."""
+    def remove(self, path: str) -> None:
+        """Delete a file, or a folder and all below it; nothing happens if there is none."""
 
 
 def aligned_memory(nbytes: int) -> memoryview:

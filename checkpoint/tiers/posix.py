@@ -28,6 +28,8 @@ _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what open and write say where t
 class PosixStorage:
     """The folder ``root``, which need not exist yet."""
 
+    atomic_rename = True
+
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root)
 
@@ -111,11 +113,12 @@ class PosixStorage:
             hit("checkpoint.rename", old=old, new=new)
             os.rename(self._at(old), self._at(new))
 
-    def remove(self, folder: str) -> None:
-        """Delete a folder and all below it."""
-        with storage_errors(f"delete {self._at(folder)}"):
+    def remove(self, path: str) -> None:
+        """Delete a file, or a folder and all below it."""
+        target = self._at(path)
+        with storage_errors(f"delete {target}"):
             try:
-                shutil.rmtree(self._at(folder))
+                shutil.rmtree(target) if _is_folder(target) else os.unlink(target)
             except FileNotFoundError:
                 return
 
@@ -175,7 +178,10 @@ class PosixSource:
     def __init__(self, path: str) -> None:
         self._path, self._direct = path, -1
         with storage_errors(f"read {path}"):
-            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            except (FileNotFoundError, NotADirectoryError):
+                raise DamageError(f"{path} is missing") from None
             self._direct = _open_direct(path, os.O_RDONLY | os.O_NOFOLLOW)
             self.nbytes = os.fstat(self._fd).st_size
 
@@ -206,6 +212,11 @@ class PosixSource:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
+
+
+def _is_folder(path: str) -> bool:
+    """A link to a folder is none: what it leads to is not ours to delete."""
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def _open_direct(path: str, flags: int) -> int:
