@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from distrain.core.errors import Problem, raise_if
 from distrain.core.protocols import ShardBox
 
+from .blob import BlobReader
 from .layout import DTYPES, STRIDE
 from .load_plan import LoadPlan, Read, plan
+from .storage import Storage
+from .stored import Manifest
 
-__all__ = ["Extents", "LoadPlan", "execute", "plan"]
+__all__ = ["Extents", "LoadPlan", "blobs", "execute", "plan"]
 
 NUM_THREADS = 3
 
@@ -44,6 +47,11 @@ class Extents(Protocol):
 
 
 Open: TypeAlias = Callable[[int], AbstractContextManager[Extents]]
+
+
+def blobs(storage: Storage, folder: str, manifest: Manifest) -> Open:
+    """Opens the writers of the checkpoint in ``folder``."""
+    return lambda writer: BlobReader(storage, folder, writer=writer, crcs=manifest.writers[writer].crcs)
 
 
 def execute(
