@@ -86,7 +86,7 @@ class Storage(Protocol):
         """Make the names in ``folder`` durable."""
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a folder; ``new`` does not exist."""
+        """Rename a folder to a name that does not exist, or a file, which may replace another."""
 
     def remove(self, path: str) -> None:
         """Delete a file, or a folder and all below it; nothing happens if there is none."""

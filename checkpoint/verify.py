@@ -60,7 +60,7 @@ def verify(
     ``progress`` is called from several threads with the bytes of each extent that was read.
     """
     try:
-        manifest = _manifest(storage, folder)
+        manifest = manifest_named(storage, folder)
     except DataError as error:
         return Report(folder, 0, (Damage(f"{folder}/{MANIFEST}", str(error)),))
     chosen = [w for w in manifest.writers if writers is None or w.writer in writers]
@@ -70,8 +70,9 @@ def verify(
     return Report(folder, sum(len(writer.crcs) for writer in chosen), tuple(findings))
 
 
-def _manifest(storage: Storage, folder: str) -> Manifest:
-    manifest = read_manifest(storage, folder)
+def manifest_named(storage: Storage, folder: str) -> Manifest:
+    """The manifest of ``folder``, which is of the step that the folder's name says; otherwise DamageError."""
+    manifest = readmanifest_named(storage, folder)
     name = read_name(folder)
     if name is not None and name.step != manifest.step:
         refuse(f"{folder}/{MANIFEST}: step", manifest.step, f"{name.step}, as the folder's name says")

@@ -108,7 +108,7 @@ class PosixStorage:
                 os.close(fd)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a folder to a name that does not exist."""
+        """Rename a folder to a name that does not exist, or a file, which may replace another."""
         with storage_errors(f"rename {self._at(old)} to {new}"):
             hit("checkpoint.rename", old=old, new=new)
             os.rename(self._at(old), self._at(new))
