@@ -72,7 +72,7 @@ def verify(
 
 def manifest_named(storage: Storage, folder: str) -> Manifest:
     """The manifest of ``folder``, which is of the step that the folder's name says; otherwise DamageError."""
-    manifest = readmanifest_named(storage, folder)
+    manifest = read_manifest(storage, folder)
     name = read_name(folder)
     if name is not None and name.step != manifest.step:
         refuse(f"{folder}/{MANIFEST}: step", manifest.step, f"{name.step}, as the folder's name says")
