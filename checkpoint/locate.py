@@ -1,32 +1,42 @@
-"""From what a person types to a checkpoint: the folder of one, or a root, of which the newest good one is meant."""
+"""From a path that somebody types to a checkpoint: the folder of one, or the root of several."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from distrain.core.errors import DataError
+
 from .candidates import candidates
-from .errors import DamageError
-from .manifest import MANIFEST
-from .names import read_name
+from .manifest import MANIFEST, Manifest, read_manifest
 from .storage import Storage
 from .tiers.posix import PosixStorage
 
 
-def locate(path: str | Path) -> tuple[Storage, str]:
-    """Storage and folder of the checkpoint at ``path``.
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A checkpoint whose manifest has been read and checked."""
+
+    storage: Storage
+    folder: str
+    manifest: Manifest
+
+
+def locate(path: str | Path) -> Located:
+    """The checkpoint in the folder ``path``, or the newest whole one below it.
 
     Raises:
-        DamageError: there is none, or none is good; says why for each.
+        DataError: there is none; says why each candidate was refused.
     """
-    at = Path(path).absolute()
-    if read_name(at.name) or (at / MANIFEST).exists():
-        return PosixStorage(at.parent), at.name
-    storage = PosixStorage(at)
-    reasons = []
+    folder = Path(path).resolve()
+    if (folder / MANIFEST).exists():
+        storage = PosixStorage(folder.parent)
+        return Located(storage, folder.name, read_manifest(storage, folder.name))
+    storage, refused = PosixStorage(folder), []
     for candidate in candidates(storage):
-        if candidate.manifest:
-            return storage, candidate.folder
-        reasons.append(f"{candidate.folder}: {candidate.refused.removeprefix('error: ')}")
-    if not reasons:
-        raise DamageError(
-            f"there is no checkpoint in {at}", allowed="a folder with step-00000012 and the like"
-        )
-    raise DamageError(f"no checkpoint in {at} is good", got="; ".join(reasons).replace("\n", ", "))
+        if candidate.manifest is not None:
+            return Located(storage, candidate.folder, candidate.manifest)
+        refused.append(f"{candidate.folder}: {candidate.refused}")
+    raise DataError(
+        f"there is no whole checkpoint in {folder}",
+        got="; ".join(refused) or "no folder with a manifest",
+        allowed=f"a folder with a {MANIFEST}, or one that holds such folders",
+    )

@@ -26,7 +26,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
 from .layout import EXTENT_BYTES
 from .locate import locate
-from .manifest import Manifest, StoredBox, StoredTensor, read_manifest
+from .manifest import Manifest, StoredBox, StoredTensor
 from .record import group_document
 from .storage import Storage
 from .tensors import TensorReader, numpy_dtype
@@ -41,8 +41,8 @@ def zarr_view(path: str | Path) -> "CheckpointStore":
     Raises:
         DataError: there is no checkpoint, or it is damaged.
     """
-    storage, folder = locate(path)
-    return CheckpointStore(storage, folder)
+    found = locate(path)
+    return CheckpointStore(found.storage, found.folder, found.manifest)
 
 
 class CheckpointStore(Store):
@@ -52,12 +52,12 @@ class CheckpointStore(Store):
     supports_deletes = False
     supports_listing = True
 
-    def __init__(self, storage: Storage, folder: str) -> None:
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
         super().__init__(read_only=True)
         self._name = f"{storage.name}/{folder}"
-        self._manifest = read_manifest(storage, folder)
-        self._reader = TensorReader(storage, folder, self._manifest)
-        self._arrays = {node_name(fqn): fqn for fqn in self._manifest.tensors}
+        self._manifest = manifest
+        self._reader = TensorReader(storage, folder, manifest)
+        self._arrays = {node_name(fqn): fqn for fqn in manifest.tensors}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CheckpointStore) and self._name == other._name
