@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from distrain.checkpoint.errors import DamageError
 from distrain.checkpoint.layout import DTYPES, EXTENT_BYTES, STRIDE
 from distrain.checkpoint.locate import locate
-from distrain.checkpoint.manifest import Manifest, read_manifest
-from distrain.checkpoint.reshard import Open, blobs, execute, plan
+from distrain.checkpoint.reshard import blobs, execute, plan
+from distrain.core.errors import DataError
 from distrain.core.failpoints import FAILPOINTS
 from distrain.core.protocols import ShardBox
 from helpers.checkpoints import Shard, write_checkpoint
@@ -45,12 +45,6 @@ def cut(array: NDArray[Any], part: Part) -> NDArray[Any]:
     return array[tuple(slice(a, a + n) for a, n in zip(*part, strict=True))]
 
 
-def opened(path: Path) -> tuple[Manifest, Open]:
-    storage, folder = locate(path)
-    manifest = read_manifest(storage, folder)
-    return manifest, blobs(storage, folder, manifest)
-
-
 @settings(max_examples=25)
 @given(st.data())
 def test_whatever_partition_was_saved_loads_into_any_other(data: st.DataObject) -> None:
@@ -73,9 +67,10 @@ def test_whatever_partition_was_saved_loads_into_any_other(data: st.DataObject) 
             out.append(np.zeros(part[1], array.dtype))
     with TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), ranks)
-        manifest, open_writer = opened(Path(folder))
+        found = locate(folder)
+        open_writer = blobs(found.storage, found.folder, found.manifest)
         with FAILPOINTS.armed("checkpoint.read", ValueError("read twice"), on_hit=num_ranks + 1):
-            execute(plan(targets, manifest.tensors), open_writer, out)  # an extent each: all are small
+            execute(plan(targets, found.manifest.tensors), open_writer, out)  # an extent each: all are small
     for target, got in zip(targets, out, strict=True):
         assert got.tobytes() == cut(wholes[target.fqn], (target.offset, target.shape)).tobytes()
 
@@ -89,12 +84,12 @@ def test_tensors_of_several_extents_survive_a_change_of_axis(tmp_path: Path) -> 
         return ShardBox(fqn="w", dtype="float32", global_shape=array.shape, offset=part[0], shape=part[1])
 
     write_checkpoint(tmp_path, [[(box(part), cut(array, part))] for part in columns])
-    manifest, open_writer = opened(tmp_path)
+    found = locate(tmp_path)
     out = [np.zeros(part[1], np.uint32) for part in rows]
-    todo = plan([box(part) for part in rows], manifest.tensors)
-    execute(todo, open_writer, out)
+    todo = plan([box(part) for part in rows], found.manifest.tensors)
+    execute(todo, blobs(found.storage, found.folder, found.manifest), out)
     assert all(np.array_equal(got, cut(array, part)) for got, part in zip(out, rows, strict=True))
-    assert len(todo.reads) == sum(len(writer.crcs) for writer in manifest.writers) == 5
+    assert len(todo.reads) == sum(len(writer.crcs) for writer in found.manifest.writers) == 5
 
 
 def test_a_flipped_bit_is_named_and_its_load_fails(tmp_path: Path) -> None:
@@ -105,7 +100,17 @@ def test_a_flipped_bit_is_named_and_its_load_fails(tmp_path: Path) -> None:
         byte = file.read(1)
         file.seek(STRIDE + 1234)
         file.write(bytes([byte[0] ^ 4]))
-    manifest, open_writer = opened(folder)
-    todo = plan([whole_shard("w", "float32", array)[0]], manifest.tensors)
+    found = locate(folder)
+    todo = plan([whole_shard("w", "float32", array)[0]], found.manifest.tensors)
     with pytest.raises(DamageError, match=r"extent 1 .* is damaged"):
-        execute(todo, open_writer, [np.zeros_like(array)])
+        execute(todo, blobs(found.storage, found.folder, found.manifest), [np.zeros_like(array)])
+
+
+def test_the_newest_whole_checkpoint_is_found_and_a_folder_without_one_says_why(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, [[whole_shard("w", "uint8", np.zeros(5, np.uint8))]], step=step)
+    (tmp_path / "step-00000003" / "data" / "0" / "0").unlink()
+    assert locate(tmp_path).folder == "step-00000002"
+    assert locate(tmp_path / "step-00000001").manifest.step == 1
+    with pytest.raises(DataError, match="no whole checkpoint"):
+        locate(tmp_path / "nothing")
