@@ -6,6 +6,7 @@ same numbers; only what hooks do with them differs between ranks.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class Trainer:
         """Train up to ``train.steps``, validating as often as asked and at the end."""
         self._tell("on_start")
         every = self.config.train.eval_every or self.config.train.steps
-        with Prefetcher(self.train_stream, self._share) as batches:
+        with Prefetcher(self.train_stream, partial(self._share, self.train_stream)) as batches:
             while self.step < self.config.train.steps:
                 start = time.perf_counter()
                 batch, share = batches.next()
@@ -104,7 +105,7 @@ class Trainer:
             batch = self.validation_stream.peek(ahead)
             with self._precision(), loss_context(self.plan.degrees.tp):
                 self.assembly.loss.num_tokens = 1
-                losses = self.assembly.runtime.evaluate(self._share(batch))
+                losses = self.assembly.runtime.evaluate(self._share(self.validation_stream, batch))
             loss, _ = self._sum_over_ranks(losses, self._zero)
             total, num_tokens = total + loss.item(), num_tokens + total_tokens(batch)
         return total / num_tokens
@@ -133,14 +134,14 @@ class Trainer:
             split=part,
         )
 
-    def _share(self, batch: GlobalBatch) -> list[MicroBatch]:
+    def _share(self, stream: BatchStream, batch: GlobalBatch) -> list[MicroBatch]:
         """This rank's micro-batches, with tokens where its stages need them and the shapes of all."""
         degrees, device = self.plan.degrees, self.parallel.device.torch_device
         dealt = split(batch, dp=degrees.dp, micro_batches=self.plan.micro_batches, multiple_of=degrees.tp)
         share = []
         for replicas in dealt:
             mine = replicas[self.parallel.coordinates["dp"]]
-            arrays = collate(self.train_stream.fetch(mine.ids), padded_len=mine.padded_len)
+            arrays = collate(stream.fetch(mine.ids), padded_len=mine.padded_len)
             inputs, targets = (torch.from_numpy(array).to(device) for array in arrays)
             share.append(
                 MicroBatch(inputs, targets, (mine.rows, mine.padded_len // degrees.tp, self.shape.d_model))

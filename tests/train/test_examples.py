@@ -35,8 +35,9 @@ def test_a_script_gets_the_layout_of_the_plan_it_was_launched_with(tmp_path: Pat
 
     ParallelPlan(world_size=4, degrees=Degrees(tp=2, pp=2)).save(tmp_path / "plan.json")
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "distrain", "launch", "--nproc-per-node", "4", "--plan", str(tmp_path / "plan.json")]
-    done = subprocess.run([*launch, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=50)
+    launch = [sys.executable, "-m", "distrain", "launch", "--nproc-per-node", "4"]
+    words = ["--plan", str(tmp_path / "plan.json"), str(tmp_path / "script.py")]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
     lines = sorted(line.split("] ", 1)[1] for line in done.stdout.splitlines())
     assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"]
@@ -48,7 +49,8 @@ def test_a_script_gets_the_layout_of_the_plan_it_was_launched_with(tmp_path: Pat
 def test_the_readmes_config_commands_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     verbs = set(re.findall(r"^distrain (\w+)", readme, flags=re.MULTILINE))
-    helped = subprocess.run([sys.executable, "-m", "distrain", "--help"], capture_output=True, text=True, timeout=30).stdout
+    command = [sys.executable, "-m", "distrain", "--help"]
+    helped = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     assert verbs
     assert all(re.search(rf"^\s+{verb}\s", helped, flags=re.MULTILINE) for verb in verbs)
 

@@ -10,8 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from distrain.core.events import read_events
+from distrain.core.load import load
+from distrain.train.data.batches import BatchStream
+from distrain.train.data.corpus import open_corpus
+from distrain.train.model import Decoder
+from distrain.train.weights import materialize
 
 pytestmark = pytest.mark.processes
 
@@ -104,6 +111,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("packing", "layouts"),
     [("fixed", ("tp2-pp2", "dp4-fsdp2")), ("documents", ("pp2-dp2-interleaved-zero1", "tp2-pp2-dp2-zbv"))],
@@ -124,6 +132,33 @@ def test_every_layout_reports_the_losses_of_one_process(
     for together in runs[1:]:
         for name, values in alone.items():
             assert together[name] == pytest.approx(values, rel=1e-10), name
+
+
+def test_validation_is_the_mean_loss_of_held_out_sequences(config: Path) -> None:
+    """Beside a rate that changes nothing, it is what the initial model makes of the held-out documents."""
+    done = train(
+        config, "train.steps=1", "optimizer.lr=1e-30", "train.dtype=float64", "data.packing=documents"
+    )
+    assert done.returncode == 0, done.stderr
+    run = load(config.parent / "run" / "config.json").config
+    shape = run.model.shape()
+    with torch.device("meta"):
+        model = Decoder(shape).double()
+    materialize(model, device=torch.device("cpu"), seed=run.seed, num_layers=shape.num_layers)
+    corpus = open_corpus(run.data, vocab_size=shape.vocab_size)
+    stream = BatchStream(
+        corpus, packing="documents", seq_len=32, global_batch=8, seed=run.seed, split="held_out"
+    )
+    sequences = stream.fetch(stream.peek().ids)
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(
+                model(torch.from_numpy(ids[:-1])[None])[0], torch.from_numpy(ids[1:]), reduction="sum"
+            ).item()
+            for ids in sequences
+        ]
+    expected = sum(losses) / sum(len(ids) - 1 for ids in sequences)
+    assert scalars(config, "validation_loss") == [pytest.approx(expected, rel=1e-10)]
 
 
 def test_a_run_says_what_it_does_and_learns(config: Path) -> None:
