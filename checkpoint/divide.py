@@ -32,7 +32,7 @@ def divide(boxes_by_rank: Sequence[Sequence[ShardBox]]) -> tuple[tuple[ShardBox,
     for rank, held in enumerate(boxes_by_rank):
         for place, box in enumerate(held):
             if prod(box.shape) or not prod(box.global_shape):
-                holders[_without_elements(box)].setdefault(rank, place)
+                holders[box].setdefault(rank, place)
     _refuse_disagreement(holders)
     dealt: list[list[tuple[int, ShardBox]]] = [[] for _ in boxes_by_rank]
     loads = [0] * len(boxes_by_rank)
@@ -48,13 +48,6 @@ def divide(boxes_by_rank: Sequence[Sequence[ShardBox]]) -> tuple[tuple[ShardBox,
 
 def _by_place(entry: tuple[int, ShardBox]) -> tuple[int, tuple[int, ...]]:
     return entry[0], entry[1].offset
-
-
-def _without_elements(box: ShardBox) -> ShardBox:
-    """Ranks may place a tensor without elements anywhere: one of them writes it."""
-    if prod(box.global_shape):
-        return box
-    return replace(box, offset=(0,) * len(box.offset), shape=box.global_shape)
 
 
 def _parts(box: ShardBox, num_ranks: int) -> Iterator[ShardBox]:

@@ -29,16 +29,19 @@ def write_checkpoint(
     shards_by_rank: Sequence[Sequence[Shard]],
     *,
     step: int = 1,
+    attempt: str = "a0",
     objects: Mapping[str, Any] | None = None,
 ) -> Path:
     """A committed checkpoint below ``root``: what each rank writes, and plain values that all of them have."""
     storage = PosixStorage(root)
-    folder = begin(storage, step, "a0")
+    folder = begin(storage, step, attempt)
     encoded = {name: encode(value, name=name) for name, value in (objects or {}).items()}
     for rank, shards in enumerate(shards_by_rank):
         layout = pack(rank, [box for box, _ in shards])
         with BlobStream(storage, folder, layout) as blob:
             for piece, (_, array) in zip(layout.pieces, shards, strict=True):
                 blob.put(piece, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            blob.finish(job="test", step=step, attempt="a0", world_size=len(shards_by_rank), objects=encoded)
-    return root / commit(storage, step, "a0", mesh={})
+            blob.finish(
+                job="test", step=step, attempt=attempt, world_size=len(shards_by_rank), objects=encoded
+            )
+    return root / commit(storage, step, attempt, mesh={"tp": 1})
