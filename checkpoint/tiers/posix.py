@@ -22,6 +22,7 @@ from ..errors import DamageError, storage_errors
 
 _PAGE = mmap.PAGESIZE
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what open and write say where the file system has no O_DIRECT
 
 
@@ -241,7 +242,7 @@ def _reserve(fd: int, nbytes: int) -> None:
     if allocate is None or not nbytes:
         return
     allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if allocate(fd, 0, 0, nbytes) and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+    if allocate(fd, 0, 0, nbytes) and ctypes.get_errno() in _FULL:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
