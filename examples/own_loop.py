@@ -40,7 +40,6 @@ def main() -> None:
     hidden = (ROWS, LENGTH // parallel.degrees.tp, shape.d_model)
     for step in range(STEPS):
         model.loss.num_tokens = MICRO_BATCHES * num_replicas * ROWS * LENGTH
-        model.data.gather()
         with loss_context(parallel.degrees.tp):
             losses = model.runtime.step(
                 [MicroBatch(piece[replica, :, :-1], piece[replica, :, 1:], hidden) for piece in ids]
@@ -53,7 +52,7 @@ def main() -> None:
         dist.all_reduce(total)
         if parallel.rank == 0:
             print(f"step {step}  loss {total.item() / parallel.degrees.tp:.4f}")
-    model.data.gather()
+    model.data.gather()  # all parameters are whole now, to be looked at or saved
     dist.destroy_process_group()
 
 

@@ -53,7 +53,6 @@ class Ours:
         pairs = zip(*(ids[rows].chunk(self._job.micro_batches) for ids in (inputs, targets)), strict=True)
         width = self._job.shape.d_model
         micro_batches = [MicroBatch(x, y, (*x.shape, width)) for x, y in pairs]
-        self._data.gather()
         losses = self._assembly.runtime.step(micro_batches)
         self._data.reduce()
         self._optimizer.step()

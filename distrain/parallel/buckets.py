@@ -6,8 +6,8 @@ earlier layers:
 
 - DDP sums the flat gradient over the replicas; each replica updates everything.
 - ZeRO-1 (Rajbhandari et al. 2020, P_os) scatters the sum: each replica keeps 1/dp of the gradient and of the
-  optimizer's states, updates its slice of the flat parameters, and gathers the others' slices, while the next batch is
-  being fetched::
+  optimizer's states, updates its slice of the flat parameters, and gathers the others' slices, for which each module
+  waits only when it is about to run::
 
       backward ──► flat gradient ──reduce-scatter──► slice ──optimizer──► slice of flat parameters ──all-gather──► model
 
@@ -19,9 +19,10 @@ Norms under sequence parallelism see only their own tokens, so their gradients a
 buckets of their own, which are summed over tp before they are reduced over the replicas.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ from .context import Parallel
 from .shards import Segment, Shard, box_of, is_decayed
 
 BUCKET_BYTES = 25 * 1024**2
+"""of a bucket at most; large enough that the latency of a collective does not count"""
+NUM_BUCKETS = 6
+"""buckets at least, where parameters allow: reductions overlap only with what backward has still to do"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +72,32 @@ class Buckets:
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        modules: Mapping[int, nn.Module],
         parallel: Parallel,
         *,
         sharded: bool,
         micro_batches: int,
-        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
+        """``modules`` are this rank's stages by their index."""
         self._dp = parallel.groups.axis("dp")
         self._tp = parallel.groups.axis("tp")
         self._dp_rank = parallel.coordinates["dp"]
         self._degrees = parallel.degrees
         self._sharded = sharded and parallel.degrees.dp > 1
         self._micro_batches = micro_batches
-        self._modules = list(modules)
         self._buckets: list[_Bucket] = []
         self._home: dict[nn.Parameter, tuple[_Bucket, Tensor]] = {}
         self._counts: dict[nn.Parameter, int] = {}
         self._next = 0
-        named = [(name, param) for module in modules for name, param in module.named_parameters()]
+        named = [item for module in modules.values() for item in module.named_parameters()]
+        total_bytes = sum(_local(param).nbytes for _, param in named)
         # Backward reaches the last parameters first.
-        for group in _grouped(list(reversed(named)), bucket_bytes):
+        for group in _grouped(list(reversed(named)), min(BUCKET_BYTES, total_bytes // NUM_BUCKETS)):
             self._buckets.append(self._flatten(group))
-        for module in modules:
+        for module in modules.values():
             self._adopt(module)
+        self._stages = {index: list(module.parameters()) for index, module in modules.items()}
+        self._num_w = dict.fromkeys(modules, 0)
         self.shards: Sequence[Shard] = [bucket.shard for bucket in self._buckets]
         self._restart()
 
@@ -127,7 +133,11 @@ class Buckets:
         """Make the parameters of ``module`` views of their buckets, and count their gradients."""
         places = {param: (bucket, i) for bucket in self._buckets for i, param in enumerate(bucket.params)}
         for owner in module.modules():
-            for name, param in list(owner.named_parameters(recurse=False)):
+            owned = list(owner.named_parameters(recurse=False))
+            if self._sharded and owned:
+                needed = list(dict.fromkeys(places[param][0] for _, param in owned))
+                owner.register_forward_pre_hook(partial(_wait_for, needed))
+            for name, param in owned:
                 bucket, i = places[param]
                 local = _local(param.detach())
                 span = slice(bucket.starts[i], bucket.starts[i] + local.numel())
@@ -152,6 +162,7 @@ class Buckets:
     def _restart(self) -> None:
         self._next = 0
         self._counts = dict.fromkeys(self._home, 0)
+        self._num_w = dict.fromkeys(self._num_w, 0)
         for bucket in self._buckets:
             bucket.missing = len(bucket.params) * self._micro_batches
 
@@ -160,24 +171,27 @@ class Buckets:
         """Take the gradients that W leaves without passing autograd's hooks; see MicrobatchHooks."""
         yield
         if op == "W":
-            for param in self._home:
-                if param.grad is not None:
+            self._num_w[stage] += 1
+            for param in self._stages[stage]:
+                if self._counts[param] < self._num_w[stage]:
                     self._take(param)
 
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
-        """Add the gradient that backward has just left into the bucket."""
+        """Count the gradient that backward has just left, and see that it is in the bucket.
+
+        The first of a step is copied there; autograd then adds the others to the copy by itself, unless the gradient
+        is a DTensor, for which that would be slow.
+        """
         assert isinstance(param, nn.Parameter)
         bucket, place = self._home[param]
-        gradient = param.grad
-        param.grad = None
+        gradient, count = param.grad, self._counts[param]
         assert gradient is not None
-        local = self._as_summand(gradient, bucket)
-        if self._counts[param] == 0:
-            place.copy_(local)
-        else:
-            place.add_(local)
-        self._counts[param] += 1
+        if gradient is not place:
+            summand = self._as_summand(gradient, bucket)
+            place.add_(summand) if count else place.copy_(summand)
+            param.grad = None if isinstance(gradient, DTensor) else place
+        self._counts[param] = count + 1
         bucket.missing -= 1
         while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._start(self._buckets[self._next])
@@ -213,7 +227,9 @@ class Buckets:
         ]
         if short:
             raise RuntimeError(f"no gradient in some micro-batch for {', '.join(short)}")
-        self._wait()
+        _wait_for(self._buckets)
+        for param in self._home:
+            param.grad = None
         self._restart()
 
     def updated(self) -> None:
@@ -223,14 +239,16 @@ class Buckets:
                 bucket.work = all_gather(bucket.flat, bucket.shard.param.detach(), group=self._dp)
 
     def gather(self) -> None:
-        """Wait for the parameters; see DataParallelism."""
-        self._wait()
+        """Wait for all parameters; see DataParallelism."""
+        _wait_for(self._buckets)
 
-    def _wait(self) -> None:
-        for bucket in self._buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
-                bucket.work = None
+
+def _wait_for(buckets: Sequence[_Bucket], *_: object) -> None:
+    """Let what is on its way to ``buckets`` arrive; a module's pre-hook for its own parameters."""
+    for bucket in buckets:
+        if bucket.work is not None:
+            bucket.work.wait()
+            bucket.work = None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -19,4 +19,4 @@ def share(
     if data in (DataParallel.FSDP2, DataParallel.HSDP):
         return FullySharded(dict(modules), parallel)
     sharded = data is DataParallel.ZERO1
-    return Buckets(list(modules.values()), parallel, sharded=sharded, micro_batches=micro_batches)
+    return Buckets(modules, parallel, sharded=sharded, micro_batches=micro_batches)

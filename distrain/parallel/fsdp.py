@@ -25,7 +25,9 @@ def wrap(module: nn.Module, layers: Sequence[nn.Module], parallel: Parallel) -> 
     for unit in (*layers, module):
         fully_shard(unit, mesh=mesh, reshard_after_forward=degrees.pp == 1)
         assert isinstance(unit, FSDPModule)
-        unit.set_gradient_divide_factor(1.0)  # the loss is weighted by tokens already
+        # The loss is weighted by tokens already: sums, which gloo would not take for a scaled sum.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
 
 
 class FullySharded:

@@ -61,7 +61,7 @@ class DataParallelism(MicrobatchHooks, Protocol):
     shards: Sequence[Shard]
 
     def gather(self) -> None:
-        """Make the model's parameters whole before a forward pass."""
+        """Make all of the model's parameters whole, to look at them; a forward pass does so by itself."""
 
     def reduce(self) -> None:
         """Finish summing the gradients of the step over all replicas; afterwards the shards' gradients are valid."""

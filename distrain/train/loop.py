@@ -82,7 +82,6 @@ class Trainer:
         rate = learning_rate(self.step, optimizer, num_steps=self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        data.gather()
         with self._precision(), loss_context(self.plan.degrees.tp):
             self.assembly.loss.num_tokens = num_tokens
             losses = self.assembly.runtime.step(share)
@@ -99,7 +98,6 @@ class Trainer:
 
     def validate(self) -> float:
         """Mean loss over the held-out sequences, in nats a token; the same sequences each time."""
-        self.assembly.data.gather()
         total, num_tokens = 0.0, 0
         for ahead in range(-(-self.config.train.eval_sequences // self.config.data.global_batch)):
             batch = self.validation_stream.peek(ahead)

@@ -114,7 +114,6 @@ def under_layout(rank: int, world_size: int, case: Case) -> Outcome:
     for step in range(STEPS):
         pairs = batches(case, step)
         assembly.loss.num_tokens = sum(int((targets != -100).sum()) for _, targets in pairs)
-        data.gather()
         with loss_context(case.degrees.tp):
             parts = assembly.runtime.step(
                 [
