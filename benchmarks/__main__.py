@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Benchmarks are the files that can be run and are asked for by name: those that call ``main(...)`` at their end."""
+    """The files that end in a call of ``main`` with their own name."""
     return sorted(
         path.stem for path in FOLDER.glob("[a-z]*.py") if f'main("{path.stem}", run)' in path.read_text()
     )

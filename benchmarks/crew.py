@@ -25,6 +25,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from distrain.launch.tether import tie_to_parent
+
 from .fixed_speed import FixedSpeed
 
 PRELOAD = [
@@ -76,10 +78,11 @@ class Crew:
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise CrewError(f"{self.name}: silent for {timeout_s:g} s\n{self._output()}")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for rank, pipe in enumerate(self._pipes):
+                if pipe not in ready:
+                    continue
                 try:
-                    ok, answer = pipe.recv()  # type: ignore[union-attr]
+                    ok, answer = pipe.recv()
                 except EOFError:
                     raise CrewError(f"{self.name}: rank {rank} died\n{self._output()}") from None
                 if not ok:
@@ -135,6 +138,7 @@ def _serve(
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
+        tie_to_parent(os.getppid())  # the fork server, which ends with whoever started it
         _join_group(rank, world_size, folder)
         worker = make(rank, world_size, *args)
         orders.send((True, None))

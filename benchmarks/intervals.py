@@ -1,8 +1,8 @@
 """How sure a measured ratio is.
 
-Contenders that run in turn within a round meet the same disturbances, so ratios are taken round by round and their median
-counts. Its interval is bootstrapped: rounds are drawn with replacement, again and again, and 95 % of the medians lie in
-it. No shape of the noise is assumed.
+Contenders that run in turn within a round meet the same disturbances, so ratios are taken round by round and their
+median counts. Its interval is bootstrapped: rounds are drawn with replacement, again and again, and 95 % of the medians
+lie in it. No shape of the noise is assumed.
 """
 
 import math

@@ -143,10 +143,14 @@ class Reference:
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self._optimizer.zero_grad()
-        loss = mean_loss(self._model(inputs), targets)
+        loss = self.loss(inputs, targets)
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of the whole batch, with its graph."""
+        return mean_loss(self._model(inputs), targets)
 
     def finish(self) -> None:
         pass

@@ -64,7 +64,7 @@ class Zero:
         pass
 
     def weights(self) -> dict[str, Tensor]:
-        named = dict(self._model.named_parameters())
+        named: dict[str, Tensor] = dict(self._model.named_parameters())
         if self._stage < 3:
             return named
         with self._deepspeed.zero.GatheredParameters(list(named.values())):

@@ -5,7 +5,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,11 +28,13 @@ class DataParallel:
             self._wrapped = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
         self._optimizer: torch.optim.Optimizer
         if how == "zero":
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when imported
+
             self._optimizer = ZeroRedundancyOptimizer(
                 decay_groups(self._model.parameters(), job.optimizer),
                 optimizer_class=torch.optim.AdamW,
                 parameters_as_bucket_view=True,
-                **adamw_options(job.optimizer),
+                **adamw_options(job.optimizer),  # type: ignore[arg-type]
             )
         else:
             self._optimizer = adamw(self._model.parameters(), job.optimizer)
