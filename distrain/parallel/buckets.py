@@ -21,21 +21,22 @@ buckets of their own, which are summed over tp before they are reduced over the 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from .collectives import all_gather, reduce_scatter
+from .collectives import Pending, all_gather, reduce_scatter, scratch_elements
 from .context import Parallel
 from .shards import Segment, Shard, box_of, is_decayed
 
 BUCKET_BYTES = 25 * 1024**2
 """of a bucket at most; large enough that the latency of a collective does not count"""
-NUM_BUCKETS = 6
+NUM_BUCKETS = 2
 """buckets at least, where parameters allow: reductions overlap only with what backward has still to do"""
 
 
@@ -44,7 +45,6 @@ class _Kind:
     """Parameters with the same kind can share a bucket."""
 
     dtype: torch.dtype
-    decay: bool
     over_tp: bool
     """replicated over tp: gradients are partial sums"""
 
@@ -58,10 +58,11 @@ class _Bucket:
     flat: Tensor
     """all parameters, padded to a multiple of the sharding degree"""
     gradient: Tensor
-    shard: Shard
+    scratch: Tensor
+    shards: list[Shard]
     missing: int = 0
     """gradients still to come in this step"""
-    work: dist.Work | None = field(default=None)
+    pending: Pending | None = None
 
 
 class Buckets:
@@ -98,36 +99,35 @@ class Buckets:
             self._adopt(module)
         self._stages = {index: list(module.parameters()) for index, module in modules.items()}
         self._num_w = dict.fromkeys(modules, 0)
-        self.shards: Sequence[Shard] = [bucket.shard for bucket in self._buckets]
+        self.shards: Sequence[Shard] = [shard for bucket in self._buckets for shard in bucket.shards]
         self._restart()
 
     # -- building ------------------------------------------------------------------------------------------------
 
     def _flatten(self, named: Sequence[tuple[str, nn.Parameter]]) -> _Bucket:
-        kind = _kind(named[0][1])
+        # What is decayed comes first, so that a slice of the bucket is two shards at most.
+        named = sorted(named, key=lambda item: not is_decayed(item[1]))
         locals_ = [_local(param.detach()) for _, param in named]
-        starts, total = [], 0
-        for tensor in locals_:
-            starts.append(total)
-            total += tensor.numel()
+        starts = list(accumulate((tensor.numel() for tensor in locals_), initial=0))
         parts = self._degrees.dp if self._sharded else 1
-        size = -(-total // parts)
+        size = -(-starts[-1] // parts)
         flat = locals_[0].new_zeros(size * parts)
-        gradient = torch.zeros_like(flat)
-        for tensor, start in zip(locals_, starts, strict=True):
+        for tensor, start in zip(locals_, starts, strict=False):
             flat[start : start + tensor.numel()].copy_(tensor.flatten())
+        gradient = torch.zeros_like(flat)
+        scratch = flat.new_empty(scratch_elements(len(flat), self._dp) if self._sharded else 0)
         first = size * self._dp_rank if self._sharded else 0
-        owned = nn.Parameter(flat[first : first + size])
-        owned.grad = torch.zeros_like(owned) if self._sharded else gradient
-        segments = []
-        for (name, param), tensor, start in zip(named, locals_, starts, strict=True):
-            begin, end = max(start, first), min(start + tensor.numel(), first + size)
-            if begin < end:
-                segments.append(Segment(box_of(name, param), begin - start, begin - first, end - first))
+        border = starts[sum(is_decayed(param) for _, param in named)]
+        ranges = ((True, first, min(border, first + size)), (False, max(border, first), first + size))
+        kind = _kind(named[0][1])
         copies = (self._degrees.tp if kind.over_tp else 1) * (1 if self._sharded else self._degrees.dp)
-        shard = Shard(owned, tuple(segments), copies, kind.decay)
+        shards = [
+            _shard(named, starts, flat, gradient, begin=begin, end=end, copies=copies, decay=decay)
+            for decay, begin, end in ranges
+            if begin < end
+        ]
         names, params = [name for name, _ in named], [param for _, param in named]
-        return _Bucket(kind, params, names, starts, flat, gradient, shard)
+        return _Bucket(kind, params, names, starts, flat, gradient, scratch, shards)
 
     def _adopt(self, module: nn.Module) -> None:
         """Make the parameters of ``module`` views of their buckets, and count their gradients."""
@@ -212,9 +212,9 @@ class Buckets:
         if self._degrees.dp == 1:
             return
         if self._sharded:
-            bucket.work = reduce_scatter(bucket.shard.gradient, bucket.gradient, group=self._dp)
+            bucket.pending = reduce_scatter(bucket.gradient, scratch=bucket.scratch, group=self._dp)
         else:
-            bucket.work = dist.all_reduce(bucket.gradient, group=self._dp, async_op=True)
+            bucket.pending = dist.all_reduce(bucket.gradient, group=self._dp, async_op=True)
 
     def reduce(self) -> None:
         """Wait until every bucket's sum has arrived; see DataParallelism."""
@@ -236,7 +236,7 @@ class Buckets:
         """Start gathering the slices that the other replicas have updated; see DataParallelism."""
         if self._sharded:
             for bucket in reversed(self._buckets):
-                bucket.work = all_gather(bucket.flat, bucket.shard.param.detach(), group=self._dp)
+                bucket.pending = all_gather(bucket.flat, group=self._dp)
 
     def gather(self) -> None:
         """Wait for all parameters; see DataParallelism."""
@@ -246,9 +246,31 @@ class Buckets:
 def _wait_for(buckets: Sequence[_Bucket], *_: object) -> None:
     """Let what is on its way to ``buckets`` arrive; a module's pre-hook for its own parameters."""
     for bucket in buckets:
-        if bucket.work is not None:
-            bucket.work.wait()
-            bucket.work = None
+        if bucket.pending is not None:
+            bucket.pending.wait()
+            bucket.pending = None
+
+
+def _shard(
+    named: Sequence[tuple[str, nn.Parameter]],
+    starts: Sequence[int],
+    flat: Tensor,
+    gradient: Tensor,
+    *,
+    begin: int,
+    end: int,
+    copies: int,
+    decay: bool,
+) -> Shard:
+    """Elements ``begin`` to ``end`` of a bucket as an optimizer sees them."""
+    owned = nn.Parameter(flat[begin:end])
+    owned.grad = gradient[begin:end]
+    segments = []
+    for (name, param), start, stop in zip(named, starts, starts[1:], strict=False):
+        low, high = max(start, begin), min(stop, end)
+        if low < high:
+            segments.append(Segment(box_of(name, param), low - start, low - begin, high - begin))
+    return Shard(owned, tuple(segments), copies, decay)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -257,7 +279,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _kind(param: nn.Parameter) -> _Kind:
     over_tp = isinstance(param, DTensor) and all(isinstance(p, Replicate) for p in param.placements)
-    return _Kind(param.dtype, is_decayed(param), over_tp)
+    return _Kind(param.dtype, over_tp)
 
 
 def _grouped(
