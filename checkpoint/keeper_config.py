@@ -1,5 +1,6 @@
 """What the trainers tell their keeper about saving; the same on all ranks."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,11 @@ class TierConfig:
     """all nodes see the same folder; False for a disk of the node, on which each node has its own writers' bytes"""
     bytes_per_s: float = 0.0
     """most that this node writes to it; 0 for no limit"""
+
+    def __post_init__(self) -> None:
+        """The keeper works in another folder: paths become absolute."""
+        if "://" not in self.url:
+            object.__setattr__(self, "url", os.path.abspath(self.url))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

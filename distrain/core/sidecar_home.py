@@ -135,6 +135,10 @@ class Home:
             return _read_private(self._coordinator)
         return ""
 
+    def coordinator_to_be(self) -> str:
+        """HOST:PORT at which node 0's keeper has to listen; port 0 is any, to be published."""
+        return self._environ.get(COORDINATOR, "") or "127.0.0.1:0"
+
     def remove(self) -> None:
         """Take away this node's files, and the job's with those of its last node."""
         with self.locked():

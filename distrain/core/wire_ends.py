@@ -125,7 +125,7 @@ def _lost() -> Iterator[None]:
         raise WireError("the connection is lost", got=str(cause)) from cause
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class AsyncEnd:
     """A connection for one event loop. Sending does not wait: who sends much calls ``drain``."""
 

@@ -1,0 +1,387 @@
+"""What the keepers of a job agree on: which snapshots are complete, what is written where, and when it is committed.
+
+Node 0's keeper coordinates. Every keeper is a *member*, that one too, and tells it what its ranks do; it answers with
+what all of them have to know. It has no memory that must survive: a member says on joining what its ranks hold, and
+what is on disk is decided by one rename. So if the coordinator dies, the next one begins with what it is told.
+
+::
+
+    member to coordinator                                   coordinator to members
+      rank       a rank has come, and what it has sealed
+      opened     it fills a slot                              due        the tiers that the step will go to
+      sealed     the slot is complete                         begin      write your ranks' part of it there
+      gone       it is no good, or was skipped or dropped     protected  every rank has sealed it
+      left       the rank is not there any more               abandon    stop writing; ``again`` if it is tried again
+      prepared   one writer's bytes are durable on a tier     committed  it is a checkpoint
+      failed     they are not                                 lost       forget the step
+
+One attempt at one tier is a two-phase commit: all writers prepared, then one commit. Everything here is pure: events
+go in, and come out as messages and as things to do (``Commit``, ``Retry``).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+MEMORY = -1
+"""the source of what is written from memory"""
+REMEMBERED_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send ``message`` to one member, or to all."""
+
+    member: int | None
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """All writers have prepared: make it a checkpoint, then say ``committed`` or ``refused``."""
+
+    tier: int
+    step: int
+    attempt: str
+    digests: Mapping[int, str]
+    """of the writers' records"""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Say ``retry`` after a while."""
+
+    tier: int
+    step: int
+    after_s: float
+
+
+Output = Tell | Commit | Retry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What is to be agreed on."""
+
+    world_size: int
+    every: Sequence[int]
+    """steps between two checkpoints, by tier"""
+    num_attempts: int
+    backoff_s: float
+
+
+@dataclass(slots=True)
+class _Attempt:
+    name: str
+    source: int
+    tries: int
+    digests: dict[int, str] = field(default_factory=dict)
+    active: bool = True
+    committing: bool = False
+
+
+@dataclass(slots=True)
+class _Step:
+    durable: bool = False
+    streams: bool = False
+    opened: dict[int, int] = field(default_factory=dict)
+    """order of the snapshot by rank: a step that is saved again gets others"""
+    sealed: dict[int, int] = field(default_factory=dict)
+    """member by rank"""
+    protected: bool = False
+    waiting: list[int] = field(default_factory=list)
+    """tiers whose turn has not come"""
+    attempts: dict[int, _Attempt] = field(default_factory=dict)
+    """by tier"""
+    committed: dict[int, str] = field(default_factory=dict)
+    """folder by tier"""
+
+
+class Agreement:
+    """The coordinator's mind. ``new_name`` names attempts."""
+
+    def __init__(self, rules: Rules, *, new_name: Callable[[], str]) -> None:
+        self._rules, self._new_name = rules, new_name
+        self._members: dict[int, set[int]] = {}
+        self._steps: dict[int, _Step] = {}
+        self._skipped: dict[int, set[int]] = {}
+        """ranks by step that they will not save"""
+        self._last: dict[int, int] = {}
+        self._out: list[Output] = []
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self._rules.world_size
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being written, or will be."""
+        return any(step.attempts or step.waiting for step in self._steps.values())
+
+    @property
+    def in_flight(self) -> Mapping[int, Sequence[tuple[int, str]]]:
+        """Steps and attempts under way, by tier."""
+        found: dict[int, list[tuple[int, str]]] = {}
+        for number, step in self._steps.items():
+            for tier, attempt in step.attempts.items():
+                found.setdefault(tier, []).append((number, attempt.name))
+        return found
+
+    def needed(self, tier: int) -> set[int]:
+        """Steps whose checkpoint on ``tier`` is still read from."""
+        return {
+            number
+            for number, step in self._steps.items()
+            if tier in step.committed
+            and (step.waiting or any(a.source == tier for a in step.attempts.values()))
+        }
+
+    def take(self, member: int, message: Message) -> list[Output]:
+        """What follows from a member's message."""
+        handle = getattr(self, f"_on_{message['do']}")
+        handle(member, message)
+        return self._flush()
+
+    def gone_member(self, member: int) -> list[Output]:
+        """The connection to a member is lost: what only it had is not there, and its part of attempts fails."""
+        ranks = self._members.pop(member, set())
+        for number, step in list(self._steps.items()):
+            lacking = {rank for rank, owner in step.sealed.items() if owner == member}
+            for rank in lacking:
+                del step.sealed[rank]
+            step.protected = step.protected and not lacking
+            for tier, attempt in list(step.attempts.items()):
+                if attempt.active and not attempt.committing and not ranks <= attempt.digests.keys():
+                    self._fail(number, tier, f"the keeper of ranks {_shown(ranks)} is lost")
+        return self._flush()
+
+    def retry(self, tier: int, step: int) -> list[Output]:
+        """The pause after a failed attempt is over."""
+        found = self._steps.get(step)
+        attempt = found.attempts.get(tier) if found else None
+        if found and attempt and not attempt.active:
+            if len(found.sealed) == self._rules.world_size or attempt.source != MEMORY:
+                self._begin(step, tier, attempt.source, tries=attempt.tries)
+            else:
+                self._give_up(step, tier, "not every rank has it any more")
+        return self._flush()
+
+    def committed(self, commit: Commit, folder: str) -> list[Output]:
+        """The commit is done."""
+        self._out.append(Tell(None, _committed_message(commit.step, commit.tier, folder)))
+        if found := self._found(commit):
+            del found.attempts[commit.tier]
+            found.committed[commit.tier] = folder
+            self._next_tier(commit.step, source=commit.tier)
+        return self._flush()
+
+    def refused(self, commit: Commit, reason: str) -> list[Output]:
+        """The commit failed."""
+        if found := self._found(commit):
+            found.attempts[commit.tier].committing = False
+            self._fail(commit.step, commit.tier, reason)
+        return self._flush()
+
+    # -- messages
+
+    def _on_rank(self, member: int, message: Message) -> None:
+        """A rank has come, with complete snapshots of these steps in memory, oldest first."""
+        rank = message["rank"]
+        if member not in self._members:
+            for number, step in self._steps.items():
+                self._out.append(Tell(member, _due_message(number, step, is_first=False)))
+            self._out += [Tell(member, _begin_message(n, tier, each)) for n, tier, each in self._active()]
+        self._members.setdefault(member, set()).add(rank)
+        for number, order in message["holds"]:
+            step = self._steps.setdefault(number, _Step())
+            step.opened[rank] = order
+            step.sealed[rank] = member
+            for tier, folder in step.committed.items():
+                self._out.append(Tell(member, _committed_message(number, tier, folder)))
+            if self._is_complete(step):
+                self._protect(number)
+                if not step.committed and not step.attempts:  # whether it was on disk, nobody knows any more
+                    self._decide(number, is_first=True)
+
+    def _on_opened(self, member: int, message: Message) -> None:
+        number, rank = message["step"], message["rank"]
+        for other in [n for n, s in self._steps.items() if n < number and rank not in s.sealed]:
+            self._lose(other, f"rank {rank} went on without it")
+        if number in self._steps and rank in self._steps[number].opened:
+            self._lose(number, f"rank {rank} saves it again")
+        is_first = number not in self._steps
+        step = self._steps.setdefault(number, _Step())
+        step.opened[rank] = message["order"]
+        step.streams |= message["streams"]
+        skipped = self._skipped.setdefault(number, set())
+        skipped.discard(rank)
+        if skipped:
+            self._lose(number, f"ranks {_shown(skipped)} skipped it")
+        elif is_first or message["durable"] > step.durable:
+            step.durable |= message["durable"]
+            self._decide(number, is_first=is_first)
+        self._trim()
+
+    def _on_sealed(self, member: int, message: Message) -> None:
+        step = self._steps.get(message["step"])
+        if step and step.opened.get(message["rank"]) == message["order"]:
+            step.sealed[message["rank"]] = member
+            if self._is_complete(step):
+                self._protect(message["step"])
+
+    def _on_gone(self, member: int, message: Message) -> None:
+        self._skipped.setdefault(message["step"], set()).add(message["rank"])
+        if message["step"] in self._steps:
+            self._lose(message["step"], f"rank {message['rank']}: {message['reason']}")
+
+    def _on_left(self, member: int, message: Message) -> None:
+        rank = message["rank"]
+        for ranks in self._skipped.values():
+            ranks.discard(rank)
+        for number in [n for n, s in self._steps.items() if rank not in s.sealed]:
+            self._lose(number, f"rank {rank} is gone")
+
+    def _on_prepared(self, member: int, message: Message) -> None:
+        attempt = self._attempt(message)
+        if attempt:
+            attempt.digests[message["writer"]] = message["digest"]
+            if len(attempt.digests) == self._rules.world_size and not attempt.committing:
+                attempt.committing = True
+                self._out.append(
+                    Commit(message["tier"], message["step"], attempt.name, dict(attempt.digests))
+                )
+
+    def _on_failed(self, member: int, message: Message) -> None:
+        attempt = self._attempt(message)
+        if attempt and not attempt.committing:
+            reason = f"rank {message['writer']}: {message['reason']}"
+            self._fail(message["step"], message["tier"], reason, final=message["final"])
+
+    # -- decisions
+
+    def _active(self) -> Iterator[tuple[int, int, _Attempt]]:
+        for number, step in self._steps.items():
+            for tier, attempt in step.attempts.items():
+                if attempt.active:
+                    yield number, tier, attempt
+
+    def _found(self, commit: Commit) -> _Step | None:
+        """The step of a commit, unless another attempt has taken its place."""
+        step = self._steps.get(commit.step)
+        attempt = step.attempts.get(commit.tier) if step else None
+        return step if attempt and attempt.name == commit.attempt else None
+
+    def _attempt(self, message: Message) -> _Attempt | None:
+        """The attempt a message is about, if it is still under way."""
+        step = self._steps.get(message["step"])
+        attempt = step.attempts.get(message["tier"]) if step else None
+        return attempt if attempt and attempt.active and attempt.name == message["attempt"] else None
+
+    def _is_complete(self, step: _Step) -> bool:
+        return len(step.sealed) == self._rules.world_size and not step.streams and not step.protected
+
+    def _protect(self, number: int) -> None:
+        step = self._steps[number]
+        step.protected = True
+        self._tell(do="protected", step=number, snapshots=list(step.opened.items()))
+
+    def _decide(self, number: int, *, is_first: bool) -> None:
+        """Choose the tiers of a step, and begin with the first."""
+        step = self._steps[number]
+        have = {*step.waiting, *step.attempts, *step.committed}
+        for tier, every in enumerate(self._rules.every):
+            last = self._last.get(tier)
+            if tier not in have and (step.durable or last is None or not last < number < last + every):
+                step.waiting.append(tier)
+                self._last[tier] = number
+        step.waiting.sort()
+        self._out.append(Tell(None, _due_message(number, step, is_first=is_first)))
+        if not step.attempts:
+            self._next_tier(number, source=max(step.committed, default=MEMORY))
+
+    def _next_tier(self, number: int, *, source: int) -> None:
+        step = self._steps[number]
+        if step.waiting:
+            self._begin(number, step.waiting.pop(0), source, tries=0)
+
+    def _begin(self, number: int, tier: int, source: int, *, tries: int) -> None:
+        attempt = _Attempt(self._new_name(), source, tries + 1)
+        self._steps[number].attempts[tier] = attempt
+        self._out.append(Tell(None, _begin_message(number, tier, attempt)))
+
+    def _fail(self, number: int, tier: int, reason: str, *, final: bool = False) -> None:
+        """An attempt failed: try again later, or give up."""
+        step = self._steps[number]
+        attempt = step.attempts[tier]
+        attempt.active = False
+        if final or step.streams or attempt.tries >= self._rules.num_attempts:
+            self._give_up(number, tier, reason)
+            return
+        self._abandon(number, tier, attempt, reason, again=True)
+        self._out.append(Retry(tier, number, self._rules.backoff_s * 2 ** (attempt.tries - 1)))
+
+    def _give_up(self, number: int, tier: int, reason: str) -> None:
+        step = self._steps[number]
+        attempt = step.attempts.pop(tier)
+        self._abandon(number, tier, attempt, reason, again=False)
+        self._owe(tier, number)
+        if attempt.source == MEMORY and step.streams:
+            step.waiting.clear()
+        self._next_tier(number, source=attempt.source)
+
+    def _abandon(self, number: int, tier: int, attempt: _Attempt, reason: str, *, again: bool) -> None:
+        self._tell(do="abandon", step=number, tier=tier, attempt=attempt.name, reason=reason, again=again)
+
+    def _lose(self, number: int, reason: str) -> None:
+        """The step cannot be completed any more, or is replaced."""
+        step = self._steps[number]
+        for tier in step.waiting:
+            self._owe(tier, number)
+        for tier in list(step.attempts):
+            attempt = step.attempts.pop(tier)
+            self._owe(tier, number)
+            if (
+                not attempt.committing
+            ):  # a commit under way is not called back; it will be told when it is done
+                self._abandon(number, tier, attempt, reason, again=False)
+        del self._steps[number]
+        self._tell(do="lost", step=number, snapshots=list(step.opened.items()), reason=reason)
+
+    def _owe(self, tier: int, number: int) -> None:
+        """The tier did not get this step: the next one is due, however soon it comes."""
+        if self._last.get(tier) == number:
+            del self._last[tier]
+
+    def _trim(self) -> None:
+        for number in list(self._steps)[:-REMEMBERED_STEPS]:
+            step = self._steps[number]
+            if not step.attempts and not step.waiting:
+                del self._steps[number]
+        for number in list(self._skipped)[:-REMEMBERED_STEPS]:
+            del self._skipped[number]
+
+    def _tell(self, **message: Any) -> None:
+        self._out.append(Tell(None, message))
+
+    def _flush(self) -> list[Output]:
+        out, self._out = self._out, []
+        return out
+
+
+def _due_message(number: int, step: _Step, *, is_first: bool) -> Message:
+    tiers = sorted({*step.waiting, *step.attempts, *step.committed})
+    return {"do": "due", "step": number, "tiers": tiers, "is_first": is_first}
+
+
+def _begin_message(number: int, tier: int, attempt: _Attempt) -> Message:
+    return {"do": "begin", "step": number, "tier": tier, "attempt": attempt.name, "source": attempt.source}
+
+
+def _committed_message(number: int, tier: int, folder: str) -> Message:
+    return {"do": "committed", "step": number, "tier": tier, "folder": folder}
+
+
+def _shown(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
