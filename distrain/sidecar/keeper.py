@@ -30,7 +30,7 @@ from distrain.checkpoint.untrusted import integer, table
 from distrain.core import shared_memory
 from distrain.core.errors import DistrainError
 from distrain.core.events import EventLog, JsonlSink
-from distrain.core.sidecar_client import PURPOSE
+from distrain.core.sidecar_connection import PURPOSE
 from distrain.core.sidecar_home import Home
 from distrain.core.wire import Frame, Header, WireError, accept
 from distrain.core.wire_ends import AsyncEnd, SyncEnd
