@@ -1,0 +1,345 @@
+"""The face of checkpointing in a training loop: track what matters, say when a step is done, restore.
+
+::
+
+    checkpoints = Checkpointer("runs/a/checkpoints", every=100)
+    checkpoints.track(model=model, optimizer=optimizer, scheduler=scheduler, data=loader)
+    for step in range(checkpoints.restore(), steps):
+        ...
+        optimizer.step()                    # waits for what is left of the last copy
+        checkpoints.step(step + 1)          # starts a copy when one is due
+    checkpoints.close()
+
+Copies go to the keeper's memory beside training; the keeper makes them durable. Whatever goes wrong there is logged and
+counted and does not stop training, unless ``strict``.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from distrain.core.device import open_device
+from distrain.core.errors import ConfigError, DistrainError
+from distrain.core.protocols import ShardBox
+from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused, Slot, StepStatus
+
+from .boxes import Item, State, apply_objects, collect, fenced_storages, optimizers, prepare_targets
+from .divide import divide
+from .keeper_config import KeeperConfig, TierConfig
+from .layout import EXTENT_BYTES, STRIDE, WriterLayout, pack
+from .ranks import Ranks
+from .restore import Source, choose_objects, restore
+from .rng import rng_state, set_rng_state
+from .safe_state import decode, encode
+from .snapshot import Copy, Snapshot, buckets
+from .tiers.posix import PosixStorage
+
+log = logging.getLogger(__name__)
+
+_RNG = "rng"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """What has happened so far on this rank."""
+
+    snapshots: int = 0
+    skipped: int = 0
+    invalid: int = 0
+    failures: int = 0
+    stall_s: float = 0.0
+    """time that training has waited, in ``step`` and at the fence"""
+
+
+class Checkpointer:
+    """Snapshots and checkpoints of whatever is tracked; the same calls on every rank."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        every: int = 1,
+        tiers: Sequence[TierConfig] = (),
+        keep_last: int = 3,
+        lazy: bool = True,
+        policy: str = "block",
+        strict: bool = False,
+        num_slots: int = 3,
+        slot_bytes: int = 0,
+        device: str = "auto",
+        timeout_s: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            path: folder of the checkpoints; the only tier unless ``tiers`` says more.
+            every: steps between two snapshots.
+            policy: what ``step`` does when no slot of memory is free: block, skip, or drop the oldest unwritten one.
+            strict: failures raise instead of being logged and counted.
+            slot_bytes: memory of one snapshot of this rank; 0 estimates it from what is tracked.
+        """
+        self._path = Path(path).resolve()
+        self._every = every
+        self._tiers = tuple(tiers) or (TierConfig(url=str(self._path), keep_last=keep_last),)
+        self._lazy, self._policy, self._strict = lazy, policy, strict
+        self._num_slots, self._slot_bytes, self._timeout_s = num_slots, slot_bytes, timeout_s
+        self._device = open_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        self._tracked: dict[str, Any] = {}
+        self._ranks = Ranks()
+        self._client: KeeperClient | None = None
+        self._planned: tuple[list[ShardBox], WriterLayout] | None = None
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="distrain-copy")
+        self._running: tuple[Snapshot, Future[None]] | None = None
+        self._fences: list[Any] = []
+        self._counters = Counters()
+        self._lock = threading.Lock()
+
+    # -- what is saved
+
+    def track(self, **things: Any) -> None:
+        """Save and restore these, each under its name: modules, optimizers, anything with a state dict.
+
+        The step of a tracked optimizer waits for the copy that is going on.
+        """
+        self._tracked |= things
+        for optimizer in optimizers(things):
+            self._fences.append(optimizer.register_step_pre_hook(lambda *_: self.fence()))
+
+    def step(self, step: int) -> bool:
+        """Say that ``step`` steps are done; starts a snapshot if one is due, and returns whether it did."""
+        return step % self._every == 0 and self.save(step)
+
+    def save(self, step: int, *, durable: bool = False) -> bool:
+        """Start a snapshot of the state as it is now; False if it was skipped or failed.
+
+        ``durable`` writes it to every tier, due or not.
+        """
+        start = time.perf_counter()
+        try:
+            return self._snapshot(step, durable=durable)
+        except (KeeperLost, KeeperRefused) as error:
+            self._fail(f"step {step} is not saved: {error}", error)
+            return False
+        finally:
+            self._count(stall_s=time.perf_counter() - start)
+
+    def fence(self) -> None:
+        """Wait until the copy that is going on, if any, has ended; from here on the state may change."""
+        if self._running is not None:
+            start = time.perf_counter()
+            snapshot, _ = self._running
+            snapshot.fence()
+            self._count(stall_s=time.perf_counter() - start)
+
+    @property
+    def counters(self) -> Counters:
+        """What has happened so far on this rank."""
+        return self._counters
+
+    # -- waiting
+
+    def wait(self, step: int, *, level: str = "committed", tier: str | None = None) -> StepStatus:
+        """Wait until ``step`` is sealed, protected or committed; see ``KeeperClient.wait``."""
+        self._finish_copy()
+        return self._connected().wait(step, level=level, tier=tier, timeout_s=self._timeout_s)
+
+    def close(self, *, flush: bool = True) -> None:
+        """End the copy that is going on, let the keeper write what is due, and leave."""
+        self._finish_copy()
+        self._copier.shutdown()
+        for hook in self._fences:
+            hook.remove()
+        if self._client is not None:
+            self._client.close(flush=flush, timeout_s=self._timeout_s)
+            self._client = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- restoring
+
+    def restore(self, *, strict: bool = True) -> int:
+        """Bring everything tracked to the newest step that all ranks can read; that step, or 0 if there is none.
+
+        With ``strict`` every tensor must have its counterpart; otherwise what is on one side only is left as it is.
+
+        Raises:
+            ConfigError: what was saved does not fit what is tracked; lists all that does not.
+        """
+        filled: list[Item] = []
+
+        def targets(source: Source) -> Sequence[Item]:
+            prepare_targets(self._tracked, list(source.tensors))
+            filled[:] = collect(self._tracked).items
+            return filled
+
+        client: KeeperClient | None = None
+        try:
+            client = self._connected()
+        except (KeeperLost, KeeperRefused) as error:
+            self._fail(f"memory cannot be restored from: {error}", error)
+        folders = [Path(tier.url) for tier in self._tiers if "://" not in tier.url]
+        source = restore(
+            targets,
+            client=client,
+            tiers=[PosixStorage(folder) for folder in folders if folder.is_dir()],
+            ranks=self._ranks,
+            strict=strict,
+        )
+        if source is None:
+            return 0
+        objects = {
+            name: decode(choose_objects(source.objects, name, rank=self._ranks.rank), name=name)
+            for name in source.objects
+        }
+        for name, thing in self._tracked.items():
+            if isinstance(thing, torch.optim.Optimizer) and name in source.objects:
+                objects[name] = _merged([decode(each, name=name) for each in source.objects[name].values()])
+        apply_objects(self._tracked, objects, filled)
+        if _RNG in objects:
+            set_rng_state(objects[_RNG])
+        log.info("restored step %d from %s", source.step, source.where)
+        return source.step
+
+    # -- how it works
+
+    def _snapshot(self, step: int, *, durable: bool) -> bool:
+        self._finish_copy()
+        state = collect(self._tracked)
+        layout, items, num_lazy = self._plan(state)
+        objects = {name: encode(value, name=name) for name, value in state.objects.items()}
+        objects[_RNG] = encode(rng_state(), name=_RNG)
+        client = self._connected()
+        slot = client.open(
+            step, layout, objects, policy=self._policy, timeout_s=self._timeout_s, durable=durable
+        )
+        if slot is None:
+            self._count(skipped=1)
+            return False
+        first_lazy = len(items) - num_lazy
+        copies: list[Copy] = []
+        for index, (item, piece) in enumerate(zip(items, layout.pieces, strict=True)):
+            copies += buckets(item, piece.offset, lazy=index >= first_lazy)
+        snapshot = Snapshot(
+            copies,
+            torch.frombuffer(slot.memory, dtype=torch.uint8),
+            layout,
+            device=self._device,
+            place=lambda extent: client.place(slot, extent, timeout_s=self._timeout_s),
+            report=lambda extents: client.copied(slot, extents),
+            done=lambda reason: self._done(client, slot, reason),
+        )
+        self._running = snapshot, self._copier.submit(snapshot.run)
+        if not self._lazy:
+            snapshot.fence()
+        return True
+
+    def _plan(self, state: State) -> tuple[WriterLayout, list[Item], int]:
+        """What this rank writes, eager items first, with the number of lazy ones behind them.
+
+        Ranks talk only when the boxes have changed since the last time.
+        """
+        fenced = fenced_storages(self._tracked) if self._lazy else set()
+        items = sorted(state.items, key=lambda item: item.tensor.untyped_storage().data_ptr() in fenced)
+        boxes = [item.box for item in items]
+        if self._planned is None or self._planned[0] != boxes:
+            every = self._ranks.gather([asdict(box) for box in boxes])
+            mine = divide([[_box(fields) for fields in each] for each in every])[self._ranks.rank]
+            self._planned = boxes, pack(self._ranks.rank, mine)
+        layout = self._planned[1]
+        owners: dict[str, list[Item]] = {}
+        for item in items:
+            owners.setdefault(item.box.fqn, []).append(item)
+        parts = [_owner(owners[piece.box.fqn], piece.box).part(piece.box) for piece in layout.pieces]
+        lazy = [part.tensor.untyped_storage().data_ptr() in fenced for part in parts]
+        return layout, parts, sum(lazy)
+
+    def _done(self, client: KeeperClient, slot: Slot, reason: str) -> None:
+        """On the copying thread: the last byte is copied, or it went wrong."""
+        try:
+            if reason:
+                self._count(invalid=1)
+                log.error("the snapshot of step %d is no good: %s", slot.step, reason)
+                client.invalidate(slot, reason)
+            else:
+                client.seal(slot)
+                self._count(snapshots=1)
+        except (KeeperLost, KeeperRefused) as error:
+            self._count(failures=1)
+            log.error("the snapshot of step %d is lost: %s", slot.step, error)
+
+    def _finish_copy(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running[1], None
+            running.result()
+
+    def _connected(self) -> KeeperClient:
+        if self._client is None:
+            if not self._tracked:
+                raise ConfigError("nothing is tracked", hint="call track(...) before restore and step")
+            self._client = KeeperClient.connect(
+                job=hashlib.blake2b(str(self._path).encode(), digest_size=8).hexdigest(),
+                rank=self._ranks.rank,
+                local_rank=int(os.environ.get("LOCAL_RANK", self._ranks.rank)),
+                world_size=self._ranks.world_size,
+                slot_bytes=self._slot_bytes or self._estimate(),
+                num_slots=self._num_slots,
+                config=KeeperConfig(tiers=self._tiers),
+            )
+        return self._client
+
+    def _estimate(self) -> int:
+        """Memory of one snapshot: what is tracked now, and two moments for each optimizer that has none yet."""
+        total = sum(item.tensor.nbytes + EXTENT_BYTES // 256 for item in collect(self._tracked).items)
+        for optimizer in optimizers(self._tracked):
+            if not optimizer.state:
+                total += 2 * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+        return (total // EXTENT_BYTES + 2) * STRIDE
+
+    def _fail(self, text: str, error: DistrainError) -> None:
+        self._count(failures=1)
+        log.error("%s", text)
+        if self._strict:
+            raise error
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            old = self._counters
+            self._counters = Counters(**(asdict(old) | {k: getattr(old, k) + v for k, v in more.items()}))
+
+
+def _box(fields: dict[str, Any]) -> ShardBox:
+    return ShardBox(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+
+
+def _owner(items: Sequence[Item], box: ShardBox) -> Item:
+    """The item of this rank in which ``box`` lies."""
+    for item in items:
+        dims = zip(box.offset, box.shape, item.box.offset, item.box.shape, strict=True)
+        if all(a >= b and a + n <= b + m for a, n, b, m in dims):
+            return item
+    raise ConfigError(f"no tensor of this rank holds a part of {box.fqn}", got=str(box))
+
+
+def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One optimizer's objects from those of all writers, each of which knew its own parameters."""
+    values: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for state in states:
+        values |= state["values"]
+        groups += state["param_groups"]
+    return {"values": values, "param_groups": groups}
