@@ -158,7 +158,6 @@ def publish(storage: Storage, folder: str) -> str:
         aside = replaced_folder(name.step, name.attempt)
         discard(storage, aside)
         storage.rename(final, aside)
-        storage.sync()
         hit("checkpoint.replaced", step=name.step)
     storage.rename(folder, final)
     return final

@@ -4,6 +4,7 @@ Everything above speaks of files by relative paths with ``/``, and says when som
 how is the medium's affair (``tiers/``). All operations raise StorageError where the medium refuses.
 """
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from types import TracebackType
@@ -93,5 +94,8 @@ class Storage(Protocol):
 
 
 def aligned_memory(nbytes: int) -> memoryview:
-    """Zeroed memory that begins on a page, for O_DIRECT."""
-    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
+    """Zeroed memory that begins on a page, for O_DIRECT; in large pages where the kernel has them."""
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[:nbytes]

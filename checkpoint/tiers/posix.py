@@ -32,7 +32,7 @@ class PosixStorage:
     atomic_rename = True
 
     def __init__(self, root: str | Path) -> None:
-        self._root = Path(root)
+        self._root = Path(root).absolute()
 
     @property
     def name(self) -> str:
@@ -94,19 +94,19 @@ class PosixStorage:
         return PosixSource(self._at(path))
 
     def make_folder(self, path: str) -> None:
-        """Create a folder and those above it."""
+        """Create a folder and those above it; what is new outside of the root is made durable at once."""
         with storage_errors(f"create {self._at(path)}"):
+            outside = (self._root, *self._root.parents)
+            new = [folder for folder in outside if not os.path.isdir(folder)]
             os.makedirs(self._at(path), exist_ok=True)
+            for folder in new:
+                _sync_folder(str(folder.parent))
 
     def sync(self, folder: str = "") -> None:
         """fsync a folder."""
         with storage_errors(f"fsync {self._at(folder)}"):
             hit("checkpoint.sync", path=folder)
-            fd = os.open(self._at(folder), os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync_folder(self._at(folder))
 
     def rename(self, old: str, new: str) -> None:
         """Rename a folder to a name that does not exist, or a file, which may replace another."""
@@ -213,6 +213,14 @@ class PosixSource:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _is_folder(path: str) -> bool:

@@ -39,7 +39,7 @@ def slot_of(layout: WriterLayout, *, shift: int = 0) -> tuple[memoryview, NDArra
     slot = aligned_memory(layout.slot_bytes + shift)[shift:]
     logical = np.random.default_rng(0).integers(0, 256, layout.nbytes, dtype=np.uint8)
     for position, start, length in segments(0, layout.nbytes):
-        slot[position : position + length] = memoryview(logical)[start : start + length]
+        slot[position : position + length] = logical.data[start : start + length]
     for i in range(layout.num_extents):
         seal_extent(slot[i * STRIDE : (i + 1) * STRIDE])
     return slot, logical
