@@ -1,0 +1,5 @@
+"""Checkpoints of other projects, to and from ours: safetensors, Hugging Face, torch's DCP, DeepSpeed universal."""
+
+from .run import FORMATS, Converted, convert
+
+__all__ = ["FORMATS", "Converted", "convert"]
