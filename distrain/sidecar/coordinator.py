@@ -18,7 +18,7 @@ from distrain.checkpoint.untrusted import Json
 
 from .agreement import Agreement, Commit, Message, Output, Retry, Rules, Tell
 from .lanes import Lane
-from .member import Say, one_line
+from .work import Say, one_line
 
 Send = Callable[[Message, bytes], None]
 

@@ -1,32 +1,20 @@
-"""A node's part in the agreement: tells the coordinator what its ranks do, and does what it is told.
-
-Everything here runs in the keeper's event loop; what blocks goes to the lanes' threads.
-"""
+"""A node's part in the agreement: tells the coordinator what its ranks do, and does what it is told."""
 
 import asyncio
-import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from distrain.checkpoint.arena import SlotHeader
-from distrain.checkpoint.collect import Retention, collect
-from distrain.checkpoint.commit import commit, working_folder
-from distrain.checkpoint.flush import Identity, lower_priority
-from distrain.checkpoint.record import WriterRecord
-from distrain.checkpoint.untrusted import Json, canonical
-from distrain.core.wire import Frame
+from distrain.checkpoint.commit import working_folder
+from distrain.checkpoint.untrusted import Json
 
 from .agreement import MEMORY, Message
-from .lanes import Job, Lane
+from .lanes import Lane
+from .shelf import Shelf
 from .slots import RankSlots, Snapshot, State
-from .sums import objects_digest, sums_of
+from .work import Say, Work
 
 REMEMBERED_STEPS = 256
-
-Say = Callable[..., None]
-"""``say(level, event, text, **attributes)``"""
 
 
 class Link(Protocol):
@@ -51,6 +39,7 @@ class Step:
     begun: dict[int, Message] = field(default_factory=dict)
     """attempts under way by tier"""
     lost: str = ""
+    """why it will not be complete"""
 
     @property
     def outstanding(self) -> set[int]:
@@ -59,48 +48,46 @@ class Step:
 
 
 class Member:
-    """All ranks of this node, those of earlier world sizes included."""
+    """All of this runs in the keeper's event loop; what takes time is ``Work``."""
 
-    def __init__(self, *, job: str, mesh: Json, lanes: Sequence[Lane], say: Say) -> None:
-        self.ranks: list[RankSlots] = []
+    def __init__(self, *, job: str, mesh: Json, lanes: Sequence[Lane], shelf: Shelf, say: Say) -> None:
+        self.shelf = shelf
         self.steps: dict[tuple[int, int], Step] = {}
         """by world size and step"""
         self.changed = asyncio.Event()
         """set and replaced whenever something here changes"""
-        self._job, self._mesh, self._lanes, self._say = job, mesh, lanes, say
+        self.work = Work(job=job, mesh=mesh, lanes=lanes, say=say, report=self._send, notify=self.notify)
+        self._lanes, self._say = lanes, say
         self._link: Link | None = None
-        self._jobs: dict[tuple[int, int, int, int], Job] = {}
-        """by world size, step, tier and writer"""
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._sums = ThreadPoolExecutor(1, "sums", initializer=lower_priority)
 
     # -- what ranks do
 
     def arrive(self, slots: RankSlots) -> None:
         """A rank is here, with what it has in memory."""
-        if slots not in self.ranks:
-            self.ranks.append(slots)
+        if slots not in self.shelf.ranks:
+            self.shelf.ranks.append(slots)
         self._introduce(slots)
 
-    def opened(self, slots: RankSlots, snapshot: Snapshot, *, durable: bool) -> None:
+    def opened(self, slots: RankSlots, snapshot: Snapshot) -> None:
         """A rank fills a slot."""
         key = slots.world_size, snapshot.step
         if (known := self.steps.get(key)) and (known.committed or known.lost or known.failed):
             del self.steps[key]  # of another snapshot of the same step
-        self._tell(slots, snapshot, do="opened", streams=snapshot.memory.streams, durable=durable)
         known = self._step(*key)
         known.is_undecided = known.due is None
         snapshot.needs |= known.outstanding
+        self._tell_opened(slots, snapshot)
         for message in list(known.begun.values()):
             if message["source"] == MEMORY:
-                self._write(slots, snapshot, message)
+                self.work.write(slots, snapshot, message)
 
     def seal(self, slots: RankSlots, snapshot: Snapshot) -> None:
         """A snapshot is complete."""
         snapshot.state = State.SEALED
         if not snapshot.memory.streams:
-            slots.arena.label(slots.snapshots.index(snapshot), self._header(slots, snapshot, sums=None))
-            self._spawn(self.settle(slots, snapshot))
+            index = slots.snapshots.index(snapshot)
+            slots.arena.label(index, self.work.header(slots, snapshot, sums=None))
+            self.work.settle(slots, snapshot)
         snapshot.notify()
         self._tell(slots, snapshot, do="sealed")
         self.notify()
@@ -115,6 +102,7 @@ class Member:
     def skip(self, slots: RankSlots, step: int, reason: str) -> None:
         """A rank will not save ``step``."""
         self._send(slots.world_size, {"do": "gone", "rank": slots.rank, "step": step, "reason": reason})
+        self.notify()
 
     def leave(self, slots: RankSlots) -> None:
         """A rank is gone; what it was filling is lost."""
@@ -124,18 +112,32 @@ class Member:
         self._send(slots.world_size, {"do": "left", "rank": slots.rank})
         self.notify()
 
+    # -- what is to be known
+
     @property
     def busy(self) -> bool:
         """Whether anything is being written, or will be as things stand."""
-        waiting = self._link is not None and any(s.needs for r in self.ranks for s in r.snapshots if s)
-        return bool(
-            waiting or self._tasks or (self._link and any(s.outstanding for s in self.steps.values()))
-        )
+        steps = self.steps.values() if self._link else ()
+        return self.work.busy or any(each.outstanding or each.is_undecided for each in steps)
 
     @property
     def is_linked(self) -> bool:
         """Whether there is a coordinator."""
         return self._link is not None
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether memory holds what should be on disk, and there is no coordinator to see to it."""
+        if self._link or not self._lanes:
+            return False
+        held = [
+            (slots, each)
+            for slots in self.shelf.ranks
+            for each in slots.snapshots
+            if each and each.is_complete
+        ]
+        known = (self.steps.get((slots.world_size, each.step)) for slots, each in held)
+        return any(each is None or not each.committed for each in known)
 
     def tier_name(self, index: int) -> str:
         """How people call a tier."""
@@ -145,59 +147,9 @@ class Member:
         """Which tier is called so; -1 if none is."""
         return next((lane.index for lane in self._lanes if lane.name == name), -1)
 
-    def complete(self, step: int) -> list[tuple[RankSlots, Snapshot]]:
-        """What this node's memory has of ``step``, of the world size that came last."""
-        found = [
-            (slots, each)
-            for slots in self.ranks
-            for each in filter(None, slots.snapshots)
-            if each.step == step and each.is_complete and not each.discarded
-        ]
-        newest = max((each.order for _, each in found), default=0)
-        world = next((slots.world_size for slots, each in found if each.order == newest), 0)
-        return [(slots, each) for slots, each in found if slots.world_size == world]
-
-    def sealed_steps(self) -> list[Message]:
-        """What can be pinned, newest first."""
-        steps = {each.step: each.order for slots in self.ranks for each in slots.snapshots if each}
-        rows = []
-        for step in sorted(steps, key=lambda step: -steps[step]):
-            if found := self.complete(step):
-                protected = all(each.state is State.PROTECTED for _, each in found)
-                writers = sorted(slots.rank for slots, _ in found)
-                world = found[0][0].world_size
-                rows.append({"step": step, "protected": protected, "world_size": world, "writers": writers})
-        return rows
-
-    def describe(self, found: Sequence[tuple[RankSlots, Snapshot]]) -> Frame:
-        """Where a pinned step lies, for whoever reads it."""
-        rows = [
-            {
-                "arena": slots.name,
-                "writer": slots.rank,
-                "layout": each.memory.layout.to_json(),
-                "objects": dict(each.objects),
-                "crcs": [each.memory.crcs[i] for i in range(each.memory.layout.num_extents)],
-                "start": slots.arena.start(slots.snapshots.index(each)),
-                "nbytes": each.memory.layout.slot_bytes,
-            }
-            for slots, each in found
-        ]
-        return Frame({}, canonical(rows))
-
-    def pinned(self, tier: int) -> set[int]:
-        """Steps on ``tier`` that others are still to be filled from."""
-        return {
-            step for (_, step), known in self.steps.items() if tier in known.committed and known.outstanding
-        }
-
     def notify(self) -> None:
         """Something has changed: free what can be, wake who waits."""
-        for slots in list(self.ranks):
-            slots.sweep()
-            if slots.retired and not any(slots.snapshots):
-                self.ranks.remove(slots)
-                slots.arena.close()
+        self.shelf.sweep()
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -206,20 +158,17 @@ class Member:
     def link(self, link: Link) -> None:
         """A coordinator is there: tell it everything."""
         self._link = link
-        for slots in self.ranks:
+        for slots in self.shelf.ranks:
             self._introduce(slots)
 
     def unlink(self, reason: str) -> None:
-        """The coordinator is gone. What is being written would never be committed; the next will begin anew."""
+        """The coordinator is gone. What is being written would never be committed; the next one begins anew."""
         self._link = None
-        for key, job in list(self._jobs.items()):
-            if not job.prepared:
-                job.stopped = True
-            del self._jobs[key]
+        self.work.forget()
         for known in self.steps.values():
             known.begun.clear()
             known.due, known.is_undecided = set(known.committed) | set(known.failed), False
-        for slots in self.ranks:
+        for slots in self.shelf.ranks:
             for snapshot in filter(None, slots.snapshots):
                 snapshot.needs.clear()
                 snapshot.notify()
@@ -228,260 +177,130 @@ class Member:
 
     def hear(self, message: Message, payload: bytes = b"") -> None:
         """Do what the coordinator says."""
-        getattr(self, f"_on_{message['do']}")(message["world"], message, payload)
+        if message["do"] == "publish":
+            self.work.publish(message["world"], message, payload)
+        else:
+            getattr(self, f"_on_{message['do']}")(message["world"], message)
         self.notify()
 
-    def _on_due(self, world: int, message: Message, _payload: bytes) -> None:
-        key = world, message["step"]
+    def _on_due(self, world: int, message: Message) -> None:
+        step = message["step"]
         if message["is_first"]:
-            self.steps.pop(key, None)
-        known = self._step(*key)
+            self.steps.pop((world, step), None)
+        known = self._step(world, step)
         known.due, known.is_undecided = set(message["tiers"]), False
-        for _, snapshot in self._snapshots(*key):
+        for _, snapshot in self.shelf.snapshots(world, step):
             if not known.committed:
                 snapshot.needs |= known.outstanding
 
-    def _on_begin(self, world: int, message: Message, _payload: bytes) -> None:
-        step = message["step"]
-        self._step(world, step).begun[message["tier"]] = message
-        if message["source"] == MEMORY:
-            for slots, snapshot in self._snapshots(world, step):
-                self._write(slots, snapshot, message)
-        else:
-            for rank in {slots.rank for slots in self.ranks if slots.world_size == world}:
-                self._promote(world, rank, message)
+    def _on_begin(self, world: int, message: Message) -> None:
+        step, source = message["step"], message["source"]
+        known = self._step(world, step)
+        known.begun[message["tier"]] = message
+        if source == MEMORY:
+            for slots, snapshot in self.shelf.snapshots(world, step):
+                self.work.write(slots, snapshot, message)
+        elif source in known.committed:
+            for writer in self.shelf.writers(world):
+                self.work.promote(world, writer, message, folder=known.committed[source])
 
-    def _on_protected(self, world: int, message: Message, _payload: bytes) -> None:
+    def _on_protected(self, world: int, message: Message) -> None:
         orders = dict(map(tuple, message["snapshots"]))
-        for slots, snapshot in self._snapshots(world, message["step"]):
+        for slots, snapshot in self.shelf.snapshots(world, message["step"]):
             if orders.get(slots.rank) == snapshot.order and snapshot.state is State.SEALED:
                 snapshot.state = State.PROTECTED
                 snapshot.notify()
-        for slots in [each for each in self.ranks if each.world_size != world or each.retired]:
-            for old in [each for each in slots.snapshots if each and not each.is_needed]:
-                self._discard(slots, old, "superseded")
+        for slots, snapshot in list(self.shelf.outdated(world)):
+            self._discard(slots, snapshot, "superseded")
 
-    def _on_abandon(self, world: int, message: Message, _payload: bytes) -> None:
-        step, tier, again = message["step"], message["tier"], message["again"]
-        known = self._step(world, step)
-        lane = self._lanes[tier]
-        if (begun := known.begun.get(tier)) and begun["attempt"] == message["attempt"]:
+    def _on_abandon(self, world: int, message: Message) -> None:
+        step, tier, again, reason = message["step"], message["tier"], message["again"], message["reason"]
+        known, lane = self._step(world, step), self._lanes[tier]
+        if known.begun.get(tier, {}).get("attempt") == message["attempt"]:
             del known.begun[tier]
         lane.counters.num_failed += 1
-        lane.counters.last_error = message["reason"]
+        lane.counters.last_error = reason
         if not again:
-            known.failed[tier] = message["reason"]
+            known.failed[tier] = reason
             lane.counters.num_given_up += 1
-        what = "will be tried again" if again else "is given up"
-        self._say(
-            "warning" if again else "error",
-            "flush_failed",
-            f"step {step} to {lane.name} {what}: {message['reason']}",
-            step=step,
-            tier=lane.name,
-            again=again,
-        )
-        for slots, snapshot in self._snapshots(world, step):
+        for slots, snapshot in self.shelf.snapshots(world, step):
             if not again:
                 snapshot.needs.discard(tier)
+                if snapshot.memory.streams:
+                    self._discard(slots, snapshot, reason)
             snapshot.notify()
-            if snapshot.memory.streams and not again:
-                self._discard(slots, snapshot, message["reason"])
-        for key, job in list(self._jobs.items()):
-            if key[:3] == (world, step, tier) and job.attempt == message["attempt"]:
-                job.stopped = True
-                del self._jobs[key]
-                if job.prepared:
-                    self._spawn(self._quietly(lane.discard(step, job)))
+        self.work.abandon(world, step, tier, attempt=message["attempt"])
+        what = f"step {step} to {lane.name} {'will be tried again' if again else 'is given up'}: {reason}"
+        self._say(
+            "warning" if again else "error", "flush_failed", what, step=step, tier=lane.name, again=again
+        )
 
-    def _on_committed(self, world: int, message: Message, _payload: bytes) -> None:
+    def _on_committed(self, world: int, message: Message) -> None:
         step, tier = message["step"], message["tier"]
-        known = self._step(world, step)
+        known, lane = self._step(world, step), self._lanes[tier]
         known.committed[tier] = message["folder"]
         known.begun.pop(tier, None)
-        lane = self._lanes[tier]
         lane.counters.num_committed += 1
         lane.counters.last_committed = step
-        for key in [key for key in self._jobs if key[:3] == (world, step, tier)]:
-            del self._jobs[key]
-        for _, snapshot in self._snapshots(world, step):
+        self.work.finish(world, step, tier)
+        for _, snapshot in self.shelf.snapshots(world, step):
             snapshot.needs.clear()  # other tiers are filled from this one
         self._say("info", "committed", f"step {step} is on {lane.name}", step=step, tier=lane.name)
         if not lane.config.shared:
-            self._spawn(self._collect(lane))
+            self._collect(world, lane)
 
-    def _on_lost(self, world: int, message: Message, _payload: bytes) -> None:
+    def _on_lost(self, world: int, message: Message) -> None:
         step, reason = message["step"], message["reason"]
         known = self._step(world, step)
         known.lost, known.begun, known.is_undecided = reason, {}, False
         orders = dict(map(tuple, message["snapshots"]))
-        for slots, snapshot in self._snapshots(world, step):
+        for slots, snapshot in self.shelf.snapshots(world, step):
             if orders.get(slots.rank) == snapshot.order:
                 self._discard(slots, snapshot, reason)
         self._say("warning", "step_lost", f"step {step} will not be complete: {reason}", step=step)
 
-    def _on_publish(self, world: int, message: Message, payload: bytes) -> None:
-        """All writers of all nodes have prepared on the nodes' own disks: each node commits its part."""
-        self._spawn(self._publish(world, message, payload))
+    # -- helpers
 
-    async def _publish(self, world: int, message: Message, payload: bytes) -> None:
-        lane = self._lanes[message["tier"]]
-        reply = {"tier": message["tier"], "step": message["step"], "attempt": message["attempt"]}
-        try:
-            records = [WriterRecord.from_json(each) for each in json.loads(payload)]
-            folder = await lane.control(
-                commit, lane.storage, message["step"], message["attempt"], mesh=self._mesh, records=records
-            )
-            self._send(world, {"do": "published", "folder": folder, "reason": "", **reply})
-        except Exception as error:
-            self._send(world, {"do": "published", "folder": "", "reason": one_line(error), **reply})
-
-    # -- work
-
-    def _write(self, slots: RankSlots, snapshot: Snapshot, begin: Message) -> None:
-        """Begin to write a snapshot from memory."""
-        job = self._job_of(slots.world_size, slots.rank, begin)
-        if job and not snapshot.discarded:
-            snapshot.num_writing += 1
-            self._spawn(self._write_all(slots, snapshot, begin, job))
-
-    async def _write_all(self, slots: RankSlots, snapshot: Snapshot, begin: Message, job: Job) -> None:
-        lane = self._lanes[begin["tier"]]
-        identity = Identity(
-            job=self._job, step=snapshot.step, world_size=slots.world_size, objects=snapshot.objects
-        )
-        try:
-            await self._attempt(slots.world_size, begin, job, lane, lane.flush(snapshot, identity, job))
-        finally:
-            snapshot.num_writing -= 1
-            snapshot.notify()
-            self.notify()
-
-    def _promote(self, world: int, rank: int, begin: Message) -> None:
-        """Begin to copy from one tier to another."""
-        known, source = self._step(world, begin["step"]), begin["source"]
-        job = self._job_of(world, rank, begin)
-        if job and source in known.committed:
-            lane = self._lanes[begin["tier"]]
-            work = lane.promote(self._lanes[source], known.committed[source], job)
-            self._spawn(self._attempt(world, begin, job, lane, work))
-
-    def _job_of(self, world: int, rank: int, begin: Message) -> Job | None:
-        """A new job; None if it runs already."""
-        key = world, begin["step"], begin["tier"], rank
-        if (running := self._jobs.get(key)) and running.attempt == begin["attempt"]:
-            return None
-        job = self._jobs[key] = Job(begin["attempt"], rank)
-        return job
-
-    async def _attempt(self, world: int, begin: Message, job: Job, lane: Lane, work: Any) -> None:
-        """Carry out one job and tell how it ended."""
-        report = {key: begin[key] for key in ("step", "tier", "attempt")} | {"writer": job.writer}
-        try:
-            record = await work
-        except Exception as error:
-            if not job.prepared:
-                await self._quietly(lane.discard(begin["step"], job))
-            self._send(world, {"do": "failed", "reason": one_line(error), "final": False, **report})
-            return
-        if record is None or job.stopped:
-            await self._quietly(lane.discard(begin["step"], job))
-            return
-        job.prepared = True
-        lane.counters.num_prepared += 1
-        payload = b"" if lane.config.shared else canonical(record.to_json())
-        self._send(world, {"do": "prepared", "digest": record.digest, **report}, payload)
-
-    async def settle(self, slots: RankSlots, snapshot: Snapshot) -> None:
-        """Find the checksums of all extents that have none yet, and note in the header that they are there."""
-        memory = snapshot.memory
-        snapshot.num_writing += 1
-        try:
-            loop = asyncio.get_running_loop()
-            for extent in range(memory.layout.num_extents):
-                if extent not in memory.crcs:
-                    await loop.run_in_executor(self._sums, memory.sealed, extent)
-            if snapshot in slots.snapshots:
-                header = self._header(slots, snapshot, sums=sums_of(memory))
-                slots.arena.label(slots.snapshots.index(snapshot), header)
-        finally:
-            snapshot.num_writing -= 1
-            self.notify()
-
-    async def _collect(self, lane: Lane) -> None:
-        """Apply retention to a disk of this node."""
-        keep = Retention(keep_last=lane.config.keep_last, keep_every=lane.config.keep_every)
-        writers = sorted({slots.rank for slots in self.ranks})
+    def _collect(self, world: int, lane: Lane) -> None:
+        pinned = {
+            n for (_, n), known in self.steps.items() if lane.index in known.committed and known.outstanding
+        }
         in_flight = [
             working_folder(lane.storage, step, begun["attempt"])
             for (_, step), known in self.steps.items()
             if (begun := known.begun.get(lane.index))
         ]
-        await self._quietly(
-            lane.control(
-                collect,
-                lane.storage,
-                keep,
-                pinned=self.pinned(lane.index),
-                in_flight=in_flight,
-                writers=writers,
-            )
-        )
-
-    async def _quietly(self, work: Any) -> None:
-        """Tidying up: what fails is said, and done another time."""
-        try:
-            await work
-        except Exception as error:
-            self._say("warning", "clean_up_failed", one_line(error))
-
-    # -- helpers
+        self.work.collect(lane, writers=self.shelf.writers(world), pinned=pinned, in_flight=in_flight)
 
     def _introduce(self, slots: RankSlots) -> None:
         """Tell the coordinator of a rank and what it has."""
-        held = sorted(filter(None, slots.snapshots), key=lambda each: each.order)
         if slots.retired:
             return
-        holds = [[each.step, each.order] for each in held if each.is_complete and not each.discarded]
+        held = sorted(filter(None, slots.snapshots), key=lambda each: each.order)
+        good = [each for each in held if not each.discarded]
+        holds = [[each.step, each.order] for each in good if each.is_complete]
         self._send(slots.world_size, {"do": "rank", "rank": slots.rank, "holds": holds})
-        for snapshot in held:
-            if snapshot.state is State.FILLING and not snapshot.discarded:
-                streams = snapshot.memory.streams
-                self._tell(slots, snapshot, do="opened", streams=streams, durable=False)
+        for snapshot in good:
+            if snapshot.state is State.FILLING:
+                self._step(slots.world_size, snapshot.step).is_undecided = True
+                self._tell_opened(slots, snapshot)
 
     def _discard(self, slots: RankSlots, snapshot: Snapshot, reason: str) -> None:
         snapshot.discarded = snapshot.discarded or reason
         snapshot.needs.clear()
-        for (world, step, _, writer), job in list(self._jobs.items()):
-            if (world, step, writer) == (slots.world_size, snapshot.step, slots.rank) and not job.prepared:
-                job.stopped = True
+        self.work.stop(slots.world_size, snapshot.step, writer=slots.rank)
         snapshot.notify()
-        slots.sweep()
-
-    def _snapshots(self, world: int, step: int) -> Iterator[tuple[RankSlots, Snapshot]]:
-        for slots in self.ranks:
-            if slots.world_size == world:
-                for snapshot in list(slots.snapshots):
-                    if snapshot and snapshot.step == step and not snapshot.discarded:
-                        yield slots, snapshot
 
     def _step(self, world: int, step: int) -> Step:
         known = self.steps.setdefault((world, step), Step())
         for key in list(self.steps)[:-REMEMBERED_STEPS]:
-            if not self.steps[key].outstanding:
+            if not self.steps[key].outstanding and not self.steps[key].is_undecided:
                 del self.steps[key]
         return known
 
-    def _header(self, slots: RankSlots, snapshot: Snapshot, *, sums: int | None) -> SlotHeader:
-        return SlotHeader(
-            job=self._job,
-            step=snapshot.step,
-            writer=slots.rank,
-            world_size=slots.world_size,
-            layout_digest=snapshot.memory.layout.digest,
-            objects_digest=objects_digest(snapshot.objects),
-            sums=sums,
-        )
+    def _tell_opened(self, slots: RankSlots, snapshot: Snapshot) -> None:
+        streams, durable = snapshot.memory.streams, snapshot.is_durable
+        self._tell(slots, snapshot, do="opened", streams=streams, durable=durable)
 
     def _tell(self, slots: RankSlots, snapshot: Snapshot, **message: Any) -> None:
         of = {"rank": slots.rank, "step": snapshot.step, "order": snapshot.order}
@@ -490,19 +309,3 @@ class Member:
     def _send(self, world: int, message: Message, payload: bytes = b"") -> None:
         if self._link:
             self._link.send({"world": world, **message}, payload)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            self._say("error", "internal_error", f"{type(error).__name__}: {error}")
-        self.notify()
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a message."""
-    return f"{type(error).__name__}: {error}".replace("\nerror: ", " ").replace("\n", "; ")[:500]

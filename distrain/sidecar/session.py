@@ -18,6 +18,7 @@ from distrain.core.wire import Frame, Header, WireError
 from distrain.core.wire_ends import AsyncEnd
 
 from .member import Member, Step
+from .shelf import describe
 from .slots import RankSlots, Snapshot, State
 
 REMEMBERED_LAYOUTS = 4
@@ -59,6 +60,10 @@ class Session:
             for step in list(self._pins):
                 self._unpin(step)
             end.close()
+
+    def leave(self) -> None:
+        """The trainer is gone."""
+        self._member.leave(self.slots)
 
     def notice(self, notice: dict[str, Any]) -> None:
         """Tell the trainer something unasked."""
@@ -134,8 +139,9 @@ class Session:
             )
             return {"slot": None, "reason": reason}
         memory = SlotMemory(self.slots.arena.slot(index), layout)
-        snapshot = self.slots.fill(index, step=step, memory=memory, objects=objects)
-        self._member.opened(self.slots, snapshot, durable=ask.get("durable") is True)
+        snapshot = Snapshot(step, memory, objects, is_durable=ask.get("durable") is True)
+        self.slots.fill(index, snapshot)
+        self._member.opened(self.slots, snapshot)
         if memory.streams and (reason := await self._cannot_stream(snapshot, deadline)):
             self._member.give_up(self.slots, snapshot, reason)
             self.notice(
@@ -283,19 +289,19 @@ class Session:
     # -- reading
 
     def _do_sealed(self, _: Frame) -> Header:
-        return {"steps": self._member.sealed_steps()}
+        return {"steps": self._member.shelf.complete_steps()}
 
     async def _do_pin(self, frame: Frame) -> Frame:
         step = integer(frame.header.get("step"), "step", high=MAX_STEP)
-        found = self._member.complete(step)
+        found = self._member.shelf.complete(step)
         if not found:
             raise Refusal(f"step {step} is not in this node's memory")
         for _, snapshot in found:
             snapshot.num_readers += 1
         self._pins.setdefault(step, []).extend(found)
         for slots, snapshot in found:
-            await self._member.settle(slots, snapshot)
-        return self._member.describe(found)
+            await self._member.work.settle(slots, snapshot)
+        return describe(found)
 
     def _do_unpin(self, frame: Frame) -> None:
         self._unpin(integer(frame.header.get("step"), "step", high=MAX_STEP))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from distrain.checkpoint.arena import Arena
 from distrain.checkpoint.flush import SlotMemory
@@ -34,10 +35,12 @@ class Snapshot:
     """What is in a slot."""
 
     step: int
-    order: int
-    """when it was begun; steps need not grow, since a run may go back"""
     memory: SlotMemory
     objects: Mapping[str, Json]
+    is_durable: bool = False
+    """whether it is to go to every tier, whatever their intervals"""
+    order: int = field(default_factory=time.monotonic_ns)
+    """when it was begun; steps need not grow, since a run may go back"""
     state: State = State.FILLING
     copied: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
@@ -51,6 +54,19 @@ class Snapshot:
     """why it is no good any more"""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """set and replaced whenever something here changes"""
+
+    def status(self) -> dict[str, Any]:
+        """For people and metrics."""
+        return {
+            "state": self.state.value,
+            "step": self.step,
+            "streams": self.memory.streams,
+            "num_copied": len(self.copied),
+            "num_extents": self.memory.layout.num_extents,
+            "needed_by": sorted(self.needs),
+            "num_readers": self.num_readers,
+            "discarded": self.discarded,
+        }
 
     def notify(self) -> None:
         """Wake who waits for a change."""
@@ -77,17 +93,20 @@ class RankSlots:
         self.retired = False
         """the rank has other memory now; this is for reading only"""
 
-    def fill(self, index: int, *, step: int, memory: SlotMemory, objects: Mapping[str, Json]) -> Snapshot:
-        """A new snapshot in a free slot."""
+    def fill(self, index: int, snapshot: Snapshot) -> None:
+        """Begin a new snapshot in a free slot."""
         self.arena.label(index, None)
-        snapshot = self.snapshots[index] = Snapshot(step, time.monotonic_ns(), memory, objects)
-        return snapshot
-
-    def adopt(self, index: int, *, step: int, memory: SlotMemory, objects: Mapping[str, Json]) -> None:
-        """A sealed snapshot that was there before."""
-        snapshot = Snapshot(step, time.monotonic_ns(), memory, objects, state=State.SEALED)
-        snapshot.copied = set(range(memory.layout.num_extents))
         self.snapshots[index] = snapshot
+
+    def status(self) -> dict[str, Any]:
+        """For people and metrics."""
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "nbytes": self.arena.shape.nbytes,
+            "retired": self.retired,
+            "slots": [each.status() if each else {"state": State.FREE.value} for each in self.snapshots],
+        }
 
     def free(self, snapshot: Snapshot) -> None:
         """Forget what is in the slot."""
