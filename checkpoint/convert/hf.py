@@ -16,7 +16,7 @@ from torch import Tensor
 from distrain.core.errors import ConfigError, Problem, raise_if
 from distrain.core.vocabulary import ModelShape
 
-from ..untrusted import Json, parse, table
+from ..untrusted import Json, integer, number, parse, table
 from .form import MODEL, Renamed, Source, TensorInfo
 from .safetensors import SHARD_BYTES, SafetensorsSource, write_safetensors
 
@@ -130,19 +130,24 @@ def shape_of(config: Mapping[str, Json]) -> ModelShape:
     """The sizes in a config.json of a Llama model.
 
     Raises:
+        DamageError: a size is missing or none.
         ConfigError: it asks for something that our decoder does not do; lists all.
     """
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
+
+    def size(name: str, default: int | None = None) -> int:
+        return integer(config.get(name) or default, f"{CONFIG}: {name}", low=1)
+
+    rope = table(config.get("rope_parameters") or {}, "rope_parameters")
+    scaling = table(config.get("rope_scaling") or rope, "rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or width // heads
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    heads, width = size("num_attention_heads"), size("hidden_size")
     wanted = (
         ("rope scaling", kind, "default"),
         ("attention_bias", config.get("attention_bias", False), False),
         ("mlp_bias", config.get("mlp_bias", False), False),
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("head_dim", head_dim, width / heads),
+        ("head_dim", config.get("head_dim") or width / heads, width / heads),
     )
     raise_if(
         [
@@ -153,13 +158,13 @@ def shape_of(config: Mapping[str, Json]) -> ModelShape:
     )
     return ModelShape(
         d_model=width,
-        num_layers=config["num_hidden_layers"],
+        num_layers=size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        d_ffn=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        num_kv_heads=size("num_key_value_heads", heads),
+        d_ffn=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        rope_theta=number(theta, "rope_theta"),
+        norm_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
     )
 
 
