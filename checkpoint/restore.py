@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distrain.core.errors import DataError
+from distrain.core.errors import DataError, Problem, raise_if
 from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused, PinnedWriter
 
 from .boxes import Item
@@ -84,11 +84,11 @@ def fill(source: Source, targets: Sequence[Item], *, strict: bool) -> None:
     """Write the state of ``source`` into the tensors of ``targets``.
 
     Raises:
-        ConfigError: it does not fit; with ``strict`` also if a tensor of either side has no counterpart.
+        ConfigError: it does not fit; with ``strict`` also if a target is not in it.
         DataError: bytes are damaged.
     """
     boxes = [item.box for item in targets]
-    load_plan = plan(boxes, source.tensors, allow_missing=not strict, allow_extra=not strict)
+    load_plan = plan(boxes, source.tensors, allow_missing=not strict)
     # Reading goes to the memory of the host; what lives elsewhere, or is a view that numpy cannot write, is copied.
     staged = [item.tensor if item.tensor.device.type == "cpu" else item.tensor.cpu() for item in targets]
     execute(load_plan, source.open_writer, [array_of(tensor) for tensor in staged])
@@ -110,8 +110,11 @@ def restore(
     tried: set[tuple[int, str]] = set()
     for source in _ladder(client, tiers, ranks, tried):
         error = ""
+        items = targets(source)
+        if strict:
+            _refuse_extra(source, items, ranks)
         try:
-            fill(source, targets(source), strict=strict)
+            fill(source, items, strict=strict)
         except (DataError, KeeperLost, KeeperRefused) as damage:
             error = str(damage)
         errors = [each for each in ranks.gather(error) if each]
@@ -119,6 +122,21 @@ def restore(
             return source
         log.warning("step %d in %s cannot be restored: %s", source.step, source.where, errors[0])
     return None
+
+
+def _refuse_extra(source: Source, items: Sequence[Item], ranks: Ranks) -> None:
+    """ConfigError if the source holds tensors for which no rank asks: each rank asks for its own stage's only."""
+    asked = {name for names in ranks.gather(sorted({item.box.fqn for item in items})) for name in names}
+    raise_if(
+        [
+            Problem(
+                f"{name} is in the checkpoint, and nothing asks for it",
+                hint="restore(strict=False) passes it over",
+            )
+            for name in source.tensors
+            if name not in asked
+        ]
+    )
 
 
 def _ladder(

@@ -28,6 +28,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "data.packing": ("fixed", "documents"),
         "optimizer.name": ("adamw", "lamb"),
         "train.dtype": ("float32", "bfloat16", "float64"),
+        "checkpoint.policy": ("block", "skip", "drop"),
         "launch.device": ("auto", "cpu", "cuda"),
         "cluster.device": ("", *DEVICES),
     }
@@ -59,6 +60,9 @@ _RANGES: Mapping[str, _Range] = MappingProxyType(
         "optimizer.clip": _at_least(0),
         "optimizer.warmup_steps": _at_least(0),
         "train.steps": _at_least(1),
+        "checkpoint.every": _at_least(0),
+        "checkpoint.disk_every": _at_least(0),
+        "checkpoint.keep_last": _at_least(1),
         "train.eval_every": _at_least(0),
         "train.eval_sequences": _at_least(1),
         "train.log_every": _at_least(1),

@@ -135,6 +135,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """``[checkpoint]``: snapshots in memory, written to disk beside training; off unless ``every`` is set."""
+
+    every: int = 0
+    """steps between two snapshots; 0 takes none"""
+    disk_every: int = 0
+    """steps between two checkpoints on disk; 0 writes every snapshot"""
+    path: str = ""
+    """folder; "" is run_dir/checkpoints"""
+    keep_last: int = 3
+    """checkpoints that stay on disk"""
+    lazy: bool = True
+    """copy beside the next step instead of before it"""
+    policy: str = "block"
+    """when no memory is free for a snapshot: block, skip, or drop the oldest unwritten one"""
+    strict: bool = False
+    """a failed checkpoint ends the run instead of being logged"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
     """``[launch]``: ranks that `distrain train` starts on this machine; torchrun and Slurm decide themselves."""
 
@@ -185,6 +205,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

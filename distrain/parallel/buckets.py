@@ -176,7 +176,6 @@ class Buckets:
                 if self._counts[param] < self._num_w[stage]:
                     self._take(param)
 
-    @torch.no_grad()
     def _take(self, param: Tensor) -> None:
         """Count the gradient that backward has just left, and see that it is in the bucket.
 
@@ -188,11 +187,18 @@ class Buckets:
         gradient, count = param.grad, self._counts[param]
         assert gradient is not None
         if gradient is not place:
-            summand = self._as_summand(gradient, bucket)
-            place.add_(summand) if count else place.copy_(summand)
+            with torch.no_grad():
+                summand = self._as_summand(gradient, bucket)
+                place.add_(summand) if count else place.copy_(summand)
             param.grad = None if isinstance(gradient, DTensor) else place
         self._counts[param] = count + 1
         bucket.missing -= 1
+        if bucket.missing == 0:
+            with torch.no_grad():
+                self._start_complete()
+
+    def _start_complete(self) -> None:
+        """Start the buckets whose turn it is; strictly in order, so that all replicas do the same."""
         while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._start(self._buckets[self._next])
             self._next += 1

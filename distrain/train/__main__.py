@@ -13,7 +13,7 @@ from distrain.core.events import EventLog, JsonlSink
 from distrain.core.load import load
 from distrain.parallel import init
 
-from .hooks import Hook, Narrate, WriteEvents
+from .hooks import Hook, Narrate, SaveCheckpoints, WriteEvents
 from .loop import Trainer
 from .plan import plan_of_job
 
@@ -24,14 +24,14 @@ def train(config: RunConfig) -> None:
     parallel = init(
         plan, device=config.launch.device, timeout=timedelta(seconds=config.timeouts.collective_s)
     )
-    hooks: list[Hook] = []
+    hooks: list[Hook] = [SaveCheckpoints(config)] if config.checkpoint.every else []
     sinks = []
     if parallel.rank == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         sinks = [JsonlSink(Path(config.run_dir) / "events.jsonl")]
     with EventLog(sinks, rank=parallel.rank) as events:
         if parallel.rank == 0:
-            hooks = [Narrate(log_every=config.train.log_every), WriteEvents(events)]
+            hooks += [Narrate(log_every=config.train.log_every), WriteEvents(events)]
         Trainer(config, plan, parallel, hooks=hooks).run()
     dist.destroy_process_group()
 

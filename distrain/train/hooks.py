@@ -5,12 +5,18 @@ A hook is anything with some of these methods; the built-in ones print, draw a p
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distrain.checkpoint.checkpointer import Checkpointer
+from distrain.checkpoint.keeper_config import TierConfig
+from distrain.core.config import RunConfig
 from distrain.core.events import EventLog
+
+from .state import TrainState
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -76,6 +82,48 @@ class WriteEvents(Hook):
         self._events.event("end", step=trainer.step)
 
 
+class SaveCheckpoints(Hook):
+    """Restores before the first step, and says after each one that it is done."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._checkpoints: Checkpointer | None = None
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Go on from the newest step that all ranks can read."""
+        options, folder = self._config.checkpoint, checkpoint_folder(self._config)
+        self._checkpoints = Checkpointer(
+            folder,
+            every=options.every,
+            tiers=(
+                TierConfig(url=str(folder), every=max(1, options.disk_every), keep_last=options.keep_last),
+            ),
+            lazy=options.lazy,
+            policy=options.policy,
+            strict=options.strict,
+            device=self._config.launch.device,
+        )
+        self._checkpoints.track(train=TrainState(trainer))
+        self._checkpoints.restore()
+
+    def on_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """Start a snapshot if one is due."""
+        assert self._checkpoints is not None
+        self._checkpoints.step(report.step)
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """Save the last step, and leave when everything is on disk."""
+        assert self._checkpoints is not None
+        if trainer.step % self._config.checkpoint.every:
+            self._checkpoints.save(trainer.step, durable=True)
+        self._checkpoints.close()
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where the checkpoints of a run lie."""
+    return Path(config.checkpoint.path or Path(config.run_dir) / "checkpoints").resolve()
+
+
 class Narrate(Hook):
     """Lines on standard output, and a progress bar below them where that is a terminal."""
 
@@ -96,6 +144,8 @@ class Narrate(Hook):
         """Print the layout."""
         for line in trainer.describe():
             self._console.print(line)
+        if trainer.step:
+            self._console.print(f"resumed after step {trainer.step}")
         self._bar.update(self._task, total=trainer.config.train.steps, completed=trainer.step)
         self._bar.start()
 
