@@ -98,10 +98,13 @@ class Crew:
 
 
 @contextmanager
-def crew(name: str, make: Callable[..., Any], *args: Any, world_size: int) -> Iterator[Crew]:
+def crew(
+    name: str, make: Callable[..., Any], *args: Any, world_size: int, has_children: bool = False
+) -> Iterator[Crew]:
     """Start a crew, without waiting for it; its processes end with the block, whatever happened.
 
-    ``make`` is a function at the top level of a module.
+    ``make`` is a function at the top level of a module. With ``has_children`` workers may start processes of their
+    own, which they have to end before the block does.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -111,7 +114,9 @@ def crew(name: str, make: Callable[..., Any], *args: Any, world_size: int) -> It
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(rank, world_size, folder, theirs, make, args), daemon=True
+                    target=_serve,
+                    args=(rank, world_size, folder, theirs, make, args),
+                    daemon=not has_children,
                 )
                 process.start()
                 theirs.close()
