@@ -70,12 +70,22 @@ def repair(
 
 
 def _manifest_again(storage: Storage, folder: str, copies: Sequence[Copy]) -> Manifest:
-    """The manifest from the records, which must all be there."""
-    for copy, where in copies:
-        with suppress(DataError):
-            return manifest_named(copy, where)
+    """The manifest from the records, or from a copy that has the same records where some are lost."""
     writers = [int(name) for name in storage.names(f"{folder}/data") if name.isascii() and name.isdecimal()]
-    records = [read_record(storage, folder, writer) for writer in writers]
+    records, lost = [], None
+    for writer in writers:
+        try:
+            records.append(read_record(storage, folder, writer))
+        except DataError as error:
+            lost = error
+    for copy, where in copies if lost else ():
+        with suppress(DataError):
+            manifest = manifest_named(copy, where)
+            stored = {writer.writer: writer.record_digest for writer in manifest.writers}
+            if records and all(stored.get(record.writer) == record.digest for record in records):
+                return manifest
+    if lost:
+        raise lost
     created, mesh = _head(storage, folder)
     return manifest_of(records, created=created, mesh=mesh)
 
@@ -142,6 +152,7 @@ def _blob(storage: Storage, folder: str, writer: StoredWriter, copies: Sequence[
     buffer, tail = aligned_memory(STRIDE), tail_of(len(writer.crcs))
     storage.make_folder(f"{folder}/data/{writer.writer}")
     with ExitStack() as stack:
+        stack.callback(storage.remove, f"{path}.new")  # where an extent was not found
         sources = list(_sources(stack, [(storage, folder), *copies], writer.writer))
         sink = stack.enter_context(storage.sink(f"{path}.new", nbytes=end))
         for extent, crc in enumerate(writer.crcs):
@@ -151,7 +162,7 @@ def _blob(storage: Storage, folder: str, writer: StoredWriter, copies: Sequence[
             sink.write(extent * STRIDE, buffer)
         sink.write(end, memoryview(tail))
         sink.finish(nbytes=end + len(tail))
-    storage.rename(f"{path}.new", path)
+        storage.rename(f"{path}.new", path)
     storage.sync(f"{folder}/data/{writer.writer}")
 
 
