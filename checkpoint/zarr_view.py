@@ -149,7 +149,7 @@ class CheckpointStore(Store):
 def node_name(fqn: str) -> str:
     """The name of a tensor's array: ``fqn``, with what zarr reserves written as in an address (``%2F``)."""
     name = quote(fqn, safe="".join(chr(c) for c in range(33, 127) if chr(c) not in "/%"))
-    if name.startswith("__") or not name.strip("."):
+    if name.startswith("__") or not name.strip(".") or name == "zarr.json":
         name = f"%{ord(name[0]):02X}{name[1:]}"
     return name
 
