@@ -141,6 +141,11 @@ class Checkpointer:
             self._count(stall_s=time.perf_counter() - start)
 
     @property
+    def rank(self) -> int:
+        """This process among those that checkpoint together."""
+        return self._ranks.rank
+
+    @property
     def counters(self) -> Counters:
         """What has happened so far on this rank."""
         return self._counters

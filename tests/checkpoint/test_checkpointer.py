@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+import distrain
 from distrain.checkpoint.checkpointer import Checkpointer
 from distrain.checkpoint.keeper_config import TierConfig
 from distrain.checkpoint.locate import locate
 from distrain.core.errors import ConfigError
+from distrain.core.events import read_events
 from helpers.keepers import kill_keepers
 
 pytestmark = pytest.mark.processes
@@ -166,3 +168,17 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="thing cannot be tracked"):
         checkpoints.restore()
     checkpoints.close()
+
+
+def test_three_lines_attach_a_loop(tmp_path: Path) -> None:
+    losses = []
+    for until in (3, 5):
+        loop = Loop(seed=until)
+        with distrain.attach(
+            tmp_path / "run", model=loop.model, optimizer=loop.optimizer, schedule=loop.schedule, device="cpu"
+        ) as run:
+            for step in range(run.restore(), until):
+                losses.append(loop.step())
+                run.step(step + 1, loss=losses[-1])
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [(event.step, event.value) for event in events] == list(enumerate(losses, start=1))
