@@ -120,26 +120,41 @@ class WriterLayout:
 
 def _piece(row: Json) -> Piece:
     fqn, dtype, global_shape, offset, shape, byte_offset = array(row, "a piece", length=6)
-    box = checked_box(fqn, dtype, global_shape, offset, shape)
-    return Piece(box, integer(byte_offset, f"{fqn}: byte offset"), box_bytes(box))
+    name, kind, whole = checked_tensor(fqn, dtype, global_shape)
+    start, size = checked_region(name, whole, offset, shape)
+    box = ShardBox(fqn=name, dtype=kind, global_shape=whole, offset=start, shape=size)
+    return Piece(box, integer(byte_offset, f"{name}: byte offset"), box_bytes(box))
 
 
-def checked_box(fqn: Json, dtype: Json, global_shape: Json, offset: Json, shape: Json) -> ShardBox:
-    """A ShardBox of values that are not trusted, or DamageError."""
+def checked_tensor(fqn: Json, dtype: Json, global_shape: Json) -> tuple[str, str, tuple[int, ...]]:
+    """A tensor's name, type and shape that are not trusted, or DamageError."""
     name = text(fqn, "a tensor's name")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         refuse(f"{name}: dtype", dtype, ", ".join(DTYPES))
     whole = integers(global_shape, f"{name}: global shape")
-    start, size = integers(offset, f"{name}: offset"), integers(shape, f"{name}: shape")
-    if len(whole) > MAX_DIMS or not len(whole) == len(start) == len(size):
-        refuse(
-            f"{name}: number of dims", len(size), f"{len(whole)} as in the global shape, at most {MAX_DIMS}"
-        )
-    if prod(n for n in whole if n) * DTYPES[dtype] > LARGEST:
-        refuse(f"{name}: global shape", whole, f"at most {LARGEST} bytes")
-    if any(a + n > total for a, n, total in zip(start, size, whole, strict=True)):
-        refuse(f"{name}: box", f"offset {start}, shape {size}", f"within the global shape {whole}")
-    return ShardBox(fqn=name, dtype=dtype, global_shape=whole, offset=start, shape=size)
+    if len(whole) > MAX_DIMS or prod(n for n in whole if n) * DTYPES[dtype] > LARGEST:
+        refuse(f"{name}: global shape", whole, f"at most {MAX_DIMS} dims and {LARGEST} bytes")
+    return name, dtype, whole
+
+
+def checked_region(
+    name: str, whole: tuple[int, ...], offset: Json, shape: Json
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and shape of a box that are not trusted, or DamageError."""
+    if not _fits(whole, offset, shape):
+        shown = f"offset {offset!r:.50}, shape {shape!r:.50}"
+        refuse(f"{name}: a box", shown, f"within the global shape {whole}")
+    return tuple(offset), tuple(shape)
+
+
+def _fits(whole: tuple[int, ...], offset: Json, shape: Json) -> bool:
+    """Plain, because a manifest may have a million boxes."""
+    if type(offset) is not list or type(shape) is not list or not len(offset) == len(shape) == len(whole):
+        return False
+    for start, size, total in zip(offset, shape, whole, strict=True):
+        if type(start) is not int or type(size) is not int or start < 0 or size < 0 or start + size > total:
+            return False
+    return True
 
 
 def check_bytes(runs: Sequence[tuple[int, int, str]], *, nbytes: int) -> None:

@@ -13,7 +13,7 @@ from math import prod
 from .blob import tail_of
 from .crc import crc32c
 from .errors import DamageError
-from .layout import DTYPES, EXTENT_BYTES, checked_box
+from .layout import DTYPES, EXTENT_BYTES, checked_region, checked_tensor
 from .record import (
     MAX_WRITERS,
     VERSION,
@@ -185,16 +185,15 @@ def _writer(writer: int, row: Json) -> StoredWriter:
 
 def _tensor(fqn: str, value: Json) -> StoredTensor:
     fields = fields_of(value, fqn, "dtype", "global_shape", "boxes")
-    dtype, whole = fields["dtype"], fields["global_shape"]
-    checked = checked_box(fqn, dtype, whole, [0] * len(array(whole, f"{fqn}: global shape")), whole)
+    name, dtype, whole = checked_tensor(fqn, fields["dtype"], fields["global_shape"])
     boxes = []
-    for row in array(fields["boxes"], f"{fqn}: boxes"):
-        offset, shape, writer, byte_offset = array(row, f"{fqn}: a box", length=4)
-        box = checked_box(fqn, dtype, whole, offset, shape)
-        where = integer(byte_offset, f"{fqn}: byte offset")
-        owner = integer(writer, f"{fqn}: writer", high=MAX_WRITERS)
-        boxes.append(StoredBox(box.offset, box.shape, owner, where, prod(box.shape) * DTYPES[dtype]))
-    return StoredTensor(checked.dtype, checked.global_shape, tuple(boxes))
+    for row in array(fields["boxes"], f"{name}: boxes"):
+        offset, shape, writer, byte_offset = array(row, f"{name}: a box", length=4)
+        start, size = checked_region(name, whole, offset, shape)
+        owner = integer(writer, f"{name}: writer", high=MAX_WRITERS)
+        where = integer(byte_offset, f"{name}: byte offset")
+        boxes.append(StoredBox(start, size, owner, where, prod(size) * DTYPES[dtype]))
+    return StoredTensor(dtype, whole, tuple(boxes))
 
 
 def _objects(name: str, value: Json) -> Iterator[StoredObject]:

@@ -49,7 +49,15 @@ class WriterRecord:
     @cached_property
     def digest(self) -> str:
         """Of everything in the record."""
-        return hashlib.blake2b(canonical(self._fields()), digest_size=16).hexdigest()
+        return hashlib.blake2b(self._spelt, digest_size=16).hexdigest()
+
+    @cached_property
+    def _spelt(self) -> bytes:
+        return canonical(self._fields())
+
+    def document(self) -> bytes:
+        """JSON of what ``from_json`` reads, with the digest at its end."""
+        return self._spelt[:-1] + b',"digest":"%s"}' % self.digest.encode()
 
     def _fields(self) -> dict[str, Json]:
         return {
@@ -149,9 +157,9 @@ def record_document(record: WriterRecord) -> bytes:
         "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
         "fill_value": 0,
         "codecs": [{"name": "sharding_indexed", "configuration": codecs}],
-        "attributes": {"distrain": record.to_json()},
+        "attributes": {"distrain": None},  # they come first
     }
-    return canonical(array_of_bytes)
+    return canonical(array_of_bytes).replace(b"null", record.document(), 1)
 
 
 def parse_record(data: bytes, what: str) -> WriterRecord:
