@@ -143,10 +143,15 @@ class Worker:
         self._training = Training(job)
         self._contender = factory(self._training, folder)
         self._step, self._turns = 0, 0
+        self._made = time.perf_counter()
 
     def turn(self) -> dict[str, float]:
-        """One save of each kind and a restore: seconds, and 1.0 under ``consistent`` if all bytes came back."""
-        found = self._save_and_restore()
+        """One save of each kind and a restore: seconds, and 1.0 under ``consistent`` if all bytes came back.
+
+        ``age_s`` is the worker's, whose contender got ready when it was made, at the first save of the turn.
+        """
+        age_s = time.perf_counter() - self._made
+        found = {"age_s": age_s, **self._save_and_restore()}
         if self._contender.overlaps:
             found["durable_s"] = self._save_at_once()
         self._clean()
