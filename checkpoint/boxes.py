@@ -49,7 +49,7 @@ def item_of(name: str, tensor: Tensor) -> Item:
     local, offset = tensor.detach(), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        local = tensor.detach().to_local()
+        local = tensor.to_local().detach()
         if local.numel() == 0:
             offset = tuple(min(a, n) for a, n in zip(offset, tensor.shape, strict=True))
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -72,7 +72,9 @@ def collect(tracked: Mapping[str, Any]) -> State:
                 state.objects[name] = thing.state_dict()
         elif isinstance(thing, nn.Module):
             values = thing.state_dict()
-            state.items.extend(item_of(f"{name}.{key}", v) for key, v in values.items() if isinstance(v, Tensor))
+            state.items.extend(
+                item_of(f"{name}.{key}", v) for key, v in values.items() if isinstance(v, Tensor)
+            )
             state.objects[name] = {key: v for key, v in values.items() if not isinstance(v, Tensor)}
         else:
             state.objects[name] = _split(name, _state_dict(name, thing), state.items)

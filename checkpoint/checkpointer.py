@@ -328,7 +328,8 @@ class Checkpointer:
 
 
 def _box(fields: dict[str, Any]) -> ShardBox:
-    return ShardBox(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return ShardBox(**values)
 
 
 def _owner(items: Sequence[Item], box: ShardBox) -> Item:

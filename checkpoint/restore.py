@@ -8,7 +8,7 @@ layout.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +147,8 @@ def _ladder(
     disks = [{source.step: source for source in disk_sources(tier)} for tier in tiers]
     steps = ranks.common([*in_memory, *(step for disk in disks for step in disk)])
     for step in steps:
-        for place, has in enumerate((in_memory, *disks)):
+        places: list[Collection[int]] = [in_memory, *disks]
+        for place, has in enumerate(places):
             if not ranks.all_true(step in has):
                 continue
             if place:

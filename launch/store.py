@@ -63,7 +63,7 @@ def start_store(listener: socket.socket) -> subprocess.Popen[bytes]:
 
 def serve(listener: socket.socket) -> None:
     """Serve torch's TCPStore on ``listener`` until a signal ends this process."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore
 
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):

@@ -6,7 +6,7 @@ A hook is anything with some of these methods; the built-in ones print, draw a p
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,7 +42,7 @@ class StepReport:
     """of this rank"""
 
 
-class Hook(Protocol):
+class Hook:
     """Everything the loop tells; subclass and override what is of interest."""
 
     def on_start(self, trainer: "Trainer") -> None:

@@ -30,7 +30,7 @@ def test_boxes_hold_the_run_in_order(data: st.DataObject, shape: tuple[int, ...]
     offset = tuple(data.draw(st.integers(0, 3)) for _ in shape)
     whole = np.arange(math.prod(n + 4 for n in shape)).reshape([n + 4 for n in shape])
     local = whole[tuple(slice(a, a + n) for a, n in zip(offset, shape, strict=True))]
-    held = []
+    held: list[int] = []
     for each, at in runs_to_boxes(box(shape, offset, whole.shape), first=first, count=count):
         assert at == len(held)
         part = whole[tuple(slice(a, a + n) for a, n in zip(each.offset, each.shape, strict=True))]

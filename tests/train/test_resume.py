@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distrain.core.events import read_events
-from helpers.keepers import keepers_of, kill_keepers
+from helpers.keeper_processes import keepers_of, kill_keepers
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
 
