@@ -120,7 +120,6 @@ def commit(
     hit("checkpoint.committed", step=step)
     with contextlib.suppress(StorageError):  # nothing relies on it, and the checkpoint is safe
         storage.write(LATEST, f"{final}\n".encode())
-        storage.sync()
     hit("checkpoint.latest", step=step)
     return final
 
