@@ -10,7 +10,7 @@ says nothing about the data loader and the learning-rate schedule.
 """
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..errors import DamageError, storage_errors
 from ..safe_state import decode, encode
 from ..torch_memory import dtype_name
 from ..untrusted import Json
-from .form import MODEL, OPTIMIZER, Renamed, Source, TensorInfo, optimizer_state
+from .form import MODEL, OPTIMIZER, TRAIN, Renamed, Source, TensorInfo, optimizer_state, parameter
 
 ZERO = "zero"
 WEIGHT, STEP, PARAM = "fp32", "step", "param"
@@ -70,9 +70,9 @@ def write_universal(source: Source, folder: Path) -> tuple[str, ...]:
     raise_if(
         [Problem(f"{name} cannot be the name of a folder") for name in places if "/" in name or ".." in name]
     )
-    optimizer = decode(source.objects[OPTIMIZER], name=OPTIMIZER) if OPTIMIZER in source.objects else {}
-    if not isinstance(optimizer, dict):
-        optimizer = {}
+    objects = {
+        name: decode(value, name=name) for name, value in source.objects.items() if name in (OPTIMIZER, TRAIN)
+    }
     zero = folder / ZERO
     with storage_errors(f"write {zero}"):
         zero.mkdir()
@@ -80,14 +80,9 @@ def write_universal(source: Source, folder: Path) -> tuple[str, ...]:
             owner, key = places[name]
             (zero / owner).mkdir(exist_ok=True)
             torch.save({PARAM: tensor.float().clone()}, zero / owner / f"{key}.pt")
-        for owner, values in optimizer.get("values", {}).items():
-            if (zero / owner).is_dir() and STEP in values:
-                torch.save(torch.tensor(float(values[STEP])), zero / owner / f"{STEP}.pt")
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.get("param_groups", [])
-        ]
-        torch.save({"ds_version": VERSION, "param_groups": groups or [{}]}, zero / OPTIONS)
+        for owner, step in _steps(objects, places.values()).items():
+            torch.save(torch.tensor(float(step)), zero / owner / f"{STEP}.pt")
+        torch.save({"ds_version": VERSION, "param_groups": _groups(objects)}, zero / OPTIONS)
         engine = {
             "dp_world_size": 1,
             "mp_world_size": 1,
@@ -97,16 +92,31 @@ def write_universal(source: Source, folder: Path) -> tuple[str, ...]:
         }
         torch.save(engine, folder / ENGINE)
     return tuple(
-        name for name in (*source.tensors, *source.objects) if name not in places and name != OPTIMIZER
+        name for name in (*source.tensors, *source.objects) if name not in places and name not in objects
     )
+
+
+def _steps(objects: Mapping[str, Any], places: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """Steps that the optimizer has done, by parameter: all parameters with moments."""
+    owners = {owner for owner, key in places if key != WEIGHT}
+    values = objects.get(OPTIMIZER, {}).get("values", {})
+    everywhere = {STEP: objects[TRAIN][STEP]} if TRAIN in objects else {}
+    found = {owner: values.get(owner, everywhere) for owner in owners}
+    return {owner: entries[STEP] for owner, entries in sorted(found.items()) if STEP in entries}
+
+
+def _groups(objects: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Options of the parameter groups; at least one, as an engine wants it."""
+    groups = objects.get(OPTIMIZER, {}).get("param_groups", [])
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups] or [{}]
 
 
 def _place(name: str) -> tuple[str, str] | None:
     """Folder and stem of the file of a tensor."""
     if state := optimizer_state(name):
         return state
-    owner = name.removeprefix(f"{MODEL}.")
-    return (owner, WEIGHT) if owner != name else None
+    owner = parameter(name)
+    return (owner, WEIGHT) if owner else None
 
 
 def _tensor(path: Path) -> Tensor:

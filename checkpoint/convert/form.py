@@ -4,12 +4,13 @@ Every format is a *source* that yields its tensors in whatever order suits its m
 that order. So each format is written once, any two of them combine, and memory holds one batch of tensors at a time,
 however large the checkpoint is.
 
-Names are those of Distrain: parameters of a model tracked as ``model`` are ``model.<name>``, the optimizer's tensors
-``optimizer.state.<name>.<key>``.
+Two sets of names mean the same to formats that know models. In a loop that tracks ``model`` and ``optimizer``, tensors
+are called ``model.<parameter>`` and ``optimizer.state.<parameter>.<key>``; ``distrain train`` says
+``train.model.<parameter>`` and ``train.<key>.<parameter>``. What comes from those formats gets the former.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -23,7 +24,12 @@ MODEL, OPTIMIZER = "model", "optimizer"
 BATCH_BYTES = 256 << 20
 """tensors are read in batches of about this size, so that what they share is read once"""
 
-_STATE = re.compile(rf"{OPTIMIZER}\.state\.(.+)\.([^.]+)")
+TRAIN = "train"
+_WEIGHT = re.compile(rf"(?:{TRAIN}\.)?{MODEL}\.(?P<parameter>.+)")
+_STATES = (
+    re.compile(rf"{OPTIMIZER}\.state\.(?P<parameter>.+)\.(?P<key>[^.]+)"),
+    re.compile(rf"{TRAIN}\.(?P<key>exp_avg|exp_avg_sq)\.(?P<parameter>.+)"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +124,13 @@ def batches(tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
         yield batch
 
 
+def parameter(name: str) -> str | None:
+    """What the model itself calls the tensor ``name``, if it is one of the model's."""
+    match = _WEIGHT.fullmatch(name)
+    return match["parameter"] if match else None
+
+
 def optimizer_state(name: str) -> tuple[str, str] | None:
     """Parameter and key if ``name`` is a tensor of the optimizer."""
-    match = _STATE.fullmatch(name)
-    return (match[1], match[2]) if match else None
-
-
-def parameters(names: Iterable[str]) -> dict[str, str]:
-    """Names of the model's tensors: as it calls them itself -> in the checkpoint."""
-    return {name.removeprefix(f"{MODEL}."): name for name in names if name.startswith(f"{MODEL}.")}
+    match = next(filter(None, (pattern.fullmatch(name) for pattern in _STATES)), None)
+    return (match["parameter"], match["key"]) if match else None

@@ -17,7 +17,7 @@ from distrain.core.errors import ConfigError, Problem, raise_if
 from distrain.core.vocabulary import ModelShape
 
 from ..untrusted import Json, integer, number, parse, table
-from .form import MODEL, Renamed, Source, TensorInfo
+from .form import MODEL, Renamed, Source, TensorInfo, parameter
 from .safetensors import SHARD_BYTES, SafetensorsSource, write_safetensors
 
 CONFIG = "config.json"
@@ -78,10 +78,12 @@ class HuggingFaceSource:
         config = _read_config(folder)
         self.shape = shape_of(config)
         files = SafetensorsSource(folder)
-        names = {name: f"{MODEL}.{ours}" for name in files.tensors if (ours := our_name(name))}
-        raise_if(_misfits({names[name]: files.tensors[name] for name in names}, self.shape))
-        self._inner = Renamed(files, names, keep_objects=False)
-        self._tied = f"{MODEL}.head.weight" not in names.values()
+        names = {name: ours for name in files.tensors if (ours := our_name(name))}
+        raise_if(_misfits({names[name]: files.tensors[name] for name in names}, self.shape, may_be_tied=True))
+        self._inner = Renamed(
+            files, {name: f"{MODEL}.{ours}" for name, ours in names.items()}, keep_objects=False
+        )
+        self._tied = "head.weight" not in names.values()
         self.objects: Mapping[str, Json] = {}
         self.left_out = self._inner.left_out
         self.step = self._inner.step
@@ -116,12 +118,12 @@ def write_hf(
             allowed="the config that it was trained with",
             hint="--config run.toml",
         )
-    ours = {name: info for name, info in source.tensors.items() if name.startswith(f"{MODEL}.")}
-    raise_if([*_unlike_llama(shape), *_misfits(ours, shape)])
-    names = {name: hf_name(name.removeprefix(f"{MODEL}.")) or "" for name in ours}
-    chosen = Renamed(source, names, keep_objects=False)
+    ours = {name: bare for name in source.tensors if (bare := parameter(name))}
+    tensors = {bare: source.tensors[name] for name, bare in ours.items()}
+    raise_if([*_unlike_llama(shape), *_misfits(tensors, shape, may_be_tied=False)])
+    chosen = Renamed(source, {name: hf_name(bare) or "" for name, bare in ours.items()}, keep_objects=False)
     write_safetensors(chosen, folder, shard_bytes=shard_bytes)
-    document = config_of(shape, dtype=ours[f"{MODEL}.embed.weight"].dtype)
+    document = config_of(shape, dtype=tensors["embed.weight"].dtype)
     (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
     return chosen.left_out
 
@@ -203,13 +205,13 @@ def _unlike_llama(shape: ModelShape) -> list[Problem]:
     ]
 
 
-def _misfits(tensors: Mapping[str, TensorInfo], shape: ModelShape) -> list[Problem]:
-    """In what ``tensors`` (our names) are not the parameters of a model of ``shape``; its head may be missing."""
-    expected = {f"{MODEL}.{name}": size for name, size in _shapes(shape)}
+def _misfits(tensors: Mapping[str, TensorInfo], shape: ModelShape, *, may_be_tied: bool) -> list[Problem]:
+    """In what ``tensors`` are not the parameters of a model of ``shape``; a tied one has no head of its own."""
+    expected = dict(_shapes(shape))
     problems = [
         Problem(f"{name} is missing", allowed=f"shape {size}")
         for name, size in expected.items()
-        if name not in tensors and name != f"{MODEL}.head.weight"
+        if name not in tensors and not (may_be_tied and name == "head.weight")
     ]
     for name, info in tensors.items():
         if name not in expected:

@@ -86,6 +86,11 @@ def convert(
     return Converted(goal, name, len(kept), sum(info.nbytes for info in kept), all_left_out)
 
 
+def total_bytes(path: str | Path) -> int:
+    """Bytes of all tensors of the checkpoint at ``path``: what ``progress`` adds up to."""
+    return sum(info.nbytes for info in open_source(Path(path))[1].tensors.values())
+
+
 def open_source(path: Path) -> tuple[str, Source]:
     """The format of the checkpoint at ``path`` and its content.
 

@@ -1,4 +1,4 @@
-"""``distrain ckpt``: look at checkpoints, check, compare, mend and clear them away."""
+"""``distrain ckpt``: look at checkpoints, check, compare, convert, mend and clear them away."""
 
 import json
 import time
@@ -28,6 +28,7 @@ from distrain.checkpoint.tiers.posix import PosixStorage
 from distrain.checkpoint.verify import Report
 from distrain.checkpoint.verify import verify as check
 from distrain.core.errors import ConfigError, DataError
+from distrain.core.load import load
 
 ckpt = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -40,7 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @ckpt.callback()
 def _ckpt() -> None:
-    """Look at checkpoints, check, compare, mend and clear them away."""
+    """Look at checkpoints, check, compare, convert, mend and clear them away."""
 
 
 @ckpt.command()
@@ -126,6 +127,37 @@ def diff(first: Folder, second: Folder, as_json: AsJson = False) -> int:
             table.add_row(difference.name, difference.what, difference.detail, gap)
         _show(table if found else "no difference")
     return 1 if found else 0
+
+
+@ckpt.command()
+def convert(
+    source: Annotated[Path, typer.Argument(exists=True, help="A checkpoint of any format: folder or file.")],
+    target: Annotated[Path, typer.Argument(help="The new folder; for distrain, a root that may exist.")],
+    to: Annotated[str, typer.Option("--to", help="distrain, safetensors, hf, dcp or deepspeed.")],
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The run's TOML file, which hf needs.")
+    ] = None,
+    shard_gb: Annotated[
+        float, typer.Option(min=0.001, help="Data of one file of safetensors and hf, in 10^9 bytes.")
+    ] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Write the checkpoint at SOURCE in another format to TARGET; nothing is there until all of it is.
+
+    Objects that differ between ranks, and what the format has no place for, are left out and named.
+    """
+    from distrain.checkpoint.convert import convert as run
+    from distrain.checkpoint.convert import total_bytes
+
+    shape = load(config).config.model.shape() if config else None
+    with _progress(f"convert to {to}", total_bytes(source)) as advance:
+        done = run(source, target, to=to, shape=shape, shard_bytes=round(shard_gb * 1e9), progress=advance)
+    if as_json:
+        _print_json({**asdict(done), "path": str(done.path)})
+        return
+    _show(f"{done.path}: {done.num_tensors} tensors, {_size(done.num_bytes)}, from {done.source_format}")
+    if done.left_out:
+        _show(f"left out: {_some(done.left_out)}")
 
 
 @ckpt.command()

@@ -255,6 +255,28 @@ def test_each_state_of_each_parameter_lies_where_deepspeed_looks_for_it(tmp_path
     assert (zero / "norm" / "fp32.pt").stat().st_size < 4096  # nothing of what shared its memory
 
 
+def test_what_distrain_train_saved_lies_there_too(tmp_path: Path) -> None:
+    tensors = {
+        "train.model.layers.0.w": torch.ones(3, 2),
+        "train.exp_avg.layers.0.w": torch.full((3, 2), 2.0),
+        "train.exp_avg_sq.layers.0.w": torch.full((3, 2), 3.0),
+    }
+    save(tmp_path / "run", tensors, step=6, objects={"train": {"step": 6, "data": {}}})
+    done = convert(tmp_path / "run", tmp_path / "universal", to="deepspeed")
+    assert not done.left_out
+    convert(tmp_path / "universal", tmp_path / "ours", to="distrain")
+    assert_same(
+        read(tmp_path / "ours"),
+        {
+            "model.layers.0.w": tensors["train.model.layers.0.w"],
+            "optimizer.state.layers.0.w.exp_avg": tensors["train.exp_avg.layers.0.w"],
+            "optimizer.state.layers.0.w.exp_avg_sq": tensors["train.exp_avg_sq.layers.0.w"],
+        },
+    )
+    objects = open_source(tmp_path / "ours")[1].objects
+    assert decode(objects["optimizer"])["values"] == {"layers.0.w": {"step": 6.0}}
+
+
 def test_a_universal_folder_becomes_ours(tmp_path: Path) -> None:
     zero = tmp_path / "universal" / "zero"
     for name in ("fp32", "exp_avg"):

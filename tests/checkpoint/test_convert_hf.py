@@ -121,6 +121,17 @@ def test_our_models_have_the_same_logits_by_hugging_faces_names_and_conventions(
     assert ours.std() > 0.5
 
 
+def test_models_that_distrain_train_saved_are_found_too(tmp_path: Path) -> None:
+    weights = decoder().state_dict()
+    shards = [whole(f"train.model.{name}", "float32", array_of(tensor)) for name, tensor in weights.items()]
+    write_checkpoint(
+        tmp_path / "run", [[*shards, whole("train.exp_avg.norm.weight", "float32", shards[0][1])]]
+    )
+    done = convert(tmp_path / "run", tmp_path / "hf", to="hf", shape=SHAPE)
+    assert done.left_out == ("train.exp_avg.norm.weight",)
+    assert torch.equal(raw(tmp_path / "hf")["lm_head.weight"], weights["head.weight"])
+
+
 def test_a_model_from_hugging_face_computes_here_what_it_computed_there(tmp_path: Path) -> None:
     convert(save(tmp_path / "run", decoder()), tmp_path / "hf", to="hf", shape=SHAPE)
     done = convert(tmp_path / "hf", tmp_path / "ours", to="distrain")
