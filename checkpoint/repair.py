@@ -152,9 +152,12 @@ def _blob(storage: Storage, folder: str, writer: StoredWriter, copies: Sequence[
     buffer, tail = aligned_memory(STRIDE), tail_of(len(writer.crcs))
     storage.make_folder(f"{folder}/data/{writer.writer}")
     with ExitStack() as stack:
-        stack.callback(storage.remove, f"{path}.new")  # where an extent was not found
+        new = path  # an object takes another's place when its upload ends
+        if storage.atomic_rename:
+            new = f"{path}.new"
+            stack.callback(storage.remove, new)  # where an extent was not found
         sources = list(_sources(stack, [(storage, folder), *copies], writer.writer))
-        sink = stack.enter_context(storage.sink(f"{path}.new", nbytes=end))
+        sink = stack.enter_context(storage.sink(new, nbytes=end))
         for extent, crc in enumerate(writer.crcs):
             _find_extent(sources, extent, buffer, crc=crc, what=path)
             buffer[EXTENT_BYTES:] = bytes(STRIDE - EXTENT_BYTES)
@@ -162,7 +165,8 @@ def _blob(storage: Storage, folder: str, writer: StoredWriter, copies: Sequence[
             sink.write(extent * STRIDE, buffer)
         sink.write(end, memoryview(tail))
         sink.finish(nbytes=end + len(tail))
-        storage.rename(f"{path}.new", path)
+        if new != path:
+            storage.rename(new, path)
     storage.sync(f"{folder}/data/{writer.writer}")
 
 

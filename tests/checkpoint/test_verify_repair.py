@@ -10,7 +10,7 @@ import pytest
 from distrain.checkpoint.commit import begin
 from distrain.checkpoint.errors import DamageError
 from distrain.checkpoint.layout import EXTENT_BYTES, STRIDE
-from distrain.checkpoint.locate import locate
+from distrain.checkpoint.locate import locate, place
 from distrain.checkpoint.repair import repair
 from distrain.checkpoint.tiers.posix import PosixStorage
 from distrain.checkpoint.verify import verify
@@ -129,6 +129,19 @@ def test_a_lost_manifest_comes_from_a_copy_only_if_that_is_of_the_same_save(
     with pytest.raises(DamageError, match=r"data/1/zarr\.json is missing"):
         repair(storage, FOLDER, copies=[(PosixStorage(tmp_path / "other"), FOLDER)])
     _, report = repair(storage, FOLDER, copies=[(PosixStorage(tmp_path / "copy"), FOLDER)])
+    assert report.is_good
+    assert contents(root) == before
+
+
+def test_a_store_that_cannot_rename_is_mended_too(storage: PosixStorage, tmp_path: Path) -> None:
+    root = Path(storage.name) / FOLDER
+    before = contents(root)
+    shutil.copytree(root, tmp_path / "copy" / FOLDER)
+    overwrite(root / "data/0/0", 1000, b"spoilt")
+    remove(root, "manifest.json")
+    remote, folder = place(f"local://{root}")
+    assert not remote.atomic_rename
+    _, report = repair(remote, folder, copies=[place(tmp_path / "copy" / FOLDER)])
     assert report.is_good
     assert contents(root) == before
 
