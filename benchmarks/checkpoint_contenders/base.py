@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -151,9 +151,14 @@ class Worker:
         ``age_s`` is the worker's, whose contender got ready when it was made, at the first save of the turn.
         """
         age_s = time.perf_counter() - self._made
-        found = {"age_s": age_s, **self._save_and_restore()}
-        if self._contender.overlaps:
-            found["durable_s"] = self._save_at_once()
+        try:
+            found = {"age_s": age_s, **self._save_and_restore()}
+            if self._contender.overlaps:
+                found["durable_s"] = self._save_at_once()
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell; no helper may stay behind
+                self._contender.close()
+            raise
         self._clean()
         return found
 
@@ -263,12 +268,13 @@ def sync_files(folder: Path) -> None:
 
 
 def _leave_page_cache(folder: Path) -> None:
-    """So that nobody restores from it."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+    """So that nobody restores from it. Old steps may go while we look."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                fd = os.open(Path(parent, name), os.O_RDONLY)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
 
 
 def _resident_bytes(pid: int) -> int:
