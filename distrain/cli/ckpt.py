@@ -1,41 +1,58 @@
 """``distrain ckpt``: look at checkpoints, check, compare, convert, mend and clear them away."""
 
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from distrain.checkpoint.candidates import Candidate, candidates, folders
 from distrain.checkpoint.collect import Retention, collect, unwanted
 from distrain.checkpoint.diff import diff as differences
 from distrain.checkpoint.layout import EXTENT_BYTES
-from distrain.checkpoint.locate import Located, locate
-from distrain.checkpoint.manifest import MANIFEST, Manifest, StoredTensor
+from distrain.checkpoint.locate import locate, place
+from distrain.checkpoint.manifest import read_manifest
 from distrain.checkpoint.names import Kind, read_name
 from distrain.checkpoint.repair import repair as mend
 from distrain.checkpoint.storage import Storage
 from distrain.checkpoint.tensors import TensorReader
-from distrain.checkpoint.tiers.posix import PosixStorage
-from distrain.checkpoint.verify import Report
+from distrain.checkpoint.tiers import open_storage
 from distrain.checkpoint.verify import verify as check
 from distrain.core.errors import ConfigError, DataError
 from distrain.core.load import load
 
+from ._checkpoints import (
+    described,
+    head,
+    one_line,
+    print_json,
+    progress,
+    show,
+    show_report,
+    size,
+    some,
+    summary,
+    tensor_fields,
+)
+
 ckpt = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-_SHOWN = 5  # tensors named in a line; --json names all
 
-_folder = typer.Argument(exists=True, file_okay=False, help="The folder of a checkpoint, or of several.")
-Folder = Annotated[Path, _folder]
+def _existing(address: str) -> str:
+    """An address that is no path has its own way to say that nothing is there."""
+    if "://" not in address and not Path(address).is_dir():
+        raise typer.BadParameter(f"there is no folder {address}")
+    return address
+
+
+def _all_existing(addresses: list[str] | None) -> list[str]:
+    return [_existing(address) for address in addresses or ()]
+
+
+_HELP = "The folder of a checkpoint, or of several: a path, or an address such as s3://bucket/run."
+Folder = Annotated[str, typer.Argument(callback=_existing, help=_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -45,26 +62,22 @@ def _ckpt() -> None:
 
 
 @ckpt.command()
-def ls(root: Folder = Path(), as_json: AsJson = False) -> None:
+def ls(root: Folder = ".", as_json: AsJson = False) -> None:
     """List the checkpoints below ROOT, newest first, and why some cannot be restored."""
-    storage = PosixStorage(root)
+    storage = open_storage(root)
     found = list(candidates(storage))
     unfinished = [name for name in storage.names() if _kind(name) is Kind.TEMPORARY]
     if as_json:
-        _print_json(
-            {"root": str(root), "checkpoints": [_summary(c) for c in found], "unfinished": unfinished}
-        )
+        print_json({"root": root, "checkpoints": [summary(c) for c in found], "unfinished": unfinished})
         return
     table = Table("step", "folder", "saved", "ranks", "size", "state", box=None, header_style="bold")
     for candidate in found:
         manifest = candidate.manifest
-        described = ("-", "-", "-") if manifest is None else _described(manifest)
-        table.add_row(
-            str(candidate.step), candidate.folder, *described, _one_line(candidate.refused) or "good"
-        )
+        columns = ("-", "-", "-") if manifest is None else described(manifest)
+        table.add_row(str(candidate.step), candidate.folder, *columns, one_line(candidate.refused) or "good")
     for name in unfinished:
         table.add_row("", name, "-", "-", "-", "unfinished")
-    _show(table if table.row_count else f"no checkpoints in {root}")
+    show(table if table.row_count else f"no checkpoints in {root}")
 
 
 @ckpt.command()
@@ -80,16 +93,16 @@ def inspect(
     manifest = found.manifest
     tensors = {name: t for name, t in manifest.tensors.items() if fnmatchcase(name, pattern)}
     if as_json:
-        _print_json({**_head(found), "tensors": {name: _tensor(t) for name, t in tensors.items()}})
+        print_json({**head(found), "tensors": {name: tensor_fields(t) for name, t in tensors.items()}})
         return
     heading = Table(show_header=False, box=None)
-    for key, value in _head(found).items():
+    for key, value in head(found).items():
         heading.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
     table = Table("tensor", "dtype", "shape", "boxes", "size", box=None, header_style="bold")
     for name, tensor in tensors.items():
         shape = " x ".join(map(str, tensor.global_shape)) or "scalar"
-        table.add_row(name, tensor.dtype, shape, str(len(tensor.boxes)), _size(tensor.nbytes))
-    _show(heading, "", table)
+        table.add_row(name, tensor.dtype, shape, str(len(tensor.boxes)), size(tensor.nbytes))
+    show(heading, "", table)
 
 
 @ckpt.command()
@@ -102,13 +115,13 @@ def verify(
     storage, chosen = _all_of(path)
     reports = []
     for folder in chosen:
-        with _progress(f"verify {folder}", _total(storage, folder)) as advance:
+        with progress(f"verify {folder}", _total(storage, folder)) as advance:
             reports.append(check(storage, folder, num_threads=threads, progress=advance))
     if as_json:
-        _print_json([{**asdict(report), "good": report.is_good} for report in reports])
+        print_json([{**asdict(report), "good": report.is_good} for report in reports])
     else:
         for report in reports:
-            _show_report(report)
+            show_report(report)
     return 0 if all(report.is_good for report in reports) else 1
 
 
@@ -116,16 +129,16 @@ def verify(
 def diff(first: Folder, second: Folder, as_json: AsJson = False) -> int:
     """Show in which tensors and objects two checkpoints differ; exit with 1 if they do."""
     readers = [TensorReader(at.storage, at.folder, at.manifest) for at in (locate(first), locate(second))]
-    with _progress("compare", readers[0].manifest.nbytes) as advance:
+    with progress("compare", readers[0].manifest.nbytes) as advance:
         found = list(differences(*readers, progress=advance))
     if as_json:
-        _print_json([asdict(difference) for difference in found])
+        print_json([asdict(difference) for difference in found])
     else:
         table = Table("name", "differs in", "detail", "largest gap", box=None, header_style="bold")
         for difference in found:
             gap = "" if difference.max_abs is None else f"{difference.max_abs:.3g}"
             table.add_row(difference.name, difference.what, difference.detail, gap)
-        _show(table if found else "no difference")
+        show(table if found else "no difference")
     return 1 if found else 0
 
 
@@ -150,22 +163,22 @@ def convert(
     from distrain.checkpoint.convert import total_bytes
 
     shape = load(config).config.model.shape() if config else None
-    with _progress(f"convert to {to}", total_bytes(source)) as advance:
+    with progress(f"convert to {to}", total_bytes(source)) as advance:
         done = run(source, target, to=to, shape=shape, shard_bytes=round(shard_gb * 1e9), progress=advance)
     if as_json:
-        _print_json({**asdict(done), "path": str(done.path)})
+        print_json({**asdict(done), "path": str(done.path)})
         return
-    _show(f"{done.path}: {done.num_tensors} tensors, {_size(done.num_bytes)}, from {done.source_format}")
+    show(f"{done.path}: {done.num_tensors} tensors, {size(done.num_bytes)}, from {done.source_format}")
     if done.left_out:
-        _show(f"left out: {_some(done.left_out)}")
+        show(f"left out: {some(done.left_out)}")
 
 
 @ckpt.command()
 def repair(
     path: Folder,
     copies: Annotated[
-        list[Path] | None,
-        typer.Option("--from", exists=True, file_okay=False, help="Another copy of it; repeatable."),
+        list[str] | None,
+        typer.Option("--from", callback=_all_existing, help="Another copy of it; repeatable."),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -174,13 +187,13 @@ def repair(
     A temporary folder in which every rank had finished is committed. Exits with 1 if damage is left.
     """
     storage, folder = _one(path)
-    with _progress(f"repair {folder}", None) as advance:
+    with progress(f"repair {folder}", None) as advance:
         done, report = mend(storage, folder, copies=[_one(copy) for copy in copies or ()], progress=advance)
     if as_json:
-        _print_json({"done": done, **asdict(report), "good": report.is_good})
+        print_json({"done": done, **asdict(report), "good": report.is_good})
     else:
-        _show(*(done or ["nothing to repair" if report.is_good else "nothing could be repaired"]))
-        _show_report(report)
+        show(*(done or ["nothing to repair" if report.is_good else "nothing could be repaired"]))
+        show_report(report)
     return 0 if report.is_good else 1
 
 
@@ -196,21 +209,21 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Delete old checkpoints below ROOT and what crashes left behind, never the last good one."""
-    storage = PosixStorage(root)
+    storage = open_storage(root)
 
     def is_good(candidate: Candidate) -> bool:
         if quick:
             return True
-        with _progress(f"verify {candidate.folder}", _total(storage, candidate.folder)) as advance:
+        with progress(f"verify {candidate.folder}", _total(storage, candidate.folder)) as advance:
             return check(storage, candidate.folder, progress=advance).is_good
 
     act = unwanted if dry_run else collect
     deleted = act(storage, Retention(keep_last=keep_last, keep_every=keep_every), is_good=is_good)
     if as_json:
-        _print_json({"root": str(root), "dry_run": dry_run, "deleted": deleted})
+        print_json({"root": root, "dry_run": dry_run, "deleted": deleted})
     else:
         verb = "would delete" if dry_run else "deleted"
-        _show(*([f"{verb} {name}" for name in deleted] or ["nothing to delete"]))
+        show(*([f"{verb} {name}" for name in deleted] or ["nothing to delete"]))
 
 
 def _kind(name: str) -> Kind | None:
@@ -218,116 +231,27 @@ def _kind(name: str) -> Kind | None:
     return read.kind if read else None
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return read_name(path.name) is not None or (path / MANIFEST).exists()
-
-
-def _one(path: Path) -> tuple[Storage, str]:
+def _one(address: str) -> tuple[Storage, str]:
     """A checkpoint's folder, damaged as it may be."""
-    at = path.absolute()
-    if not _is_checkpoint(at):
-        raise ConfigError(
-            "not the folder of a checkpoint", got=str(path), allowed="step-00000012, for example"
-        )
-    return PosixStorage(at.parent), at.name
+    storage, folder = place(address)
+    if not folder:
+        raise ConfigError("not the folder of a checkpoint", got=address, allowed="step-00000012, for example")
+    return storage, folder
 
 
-def _all_of(path: Path) -> tuple[Storage, list[str]]:
+def _all_of(address: str) -> tuple[Storage, list[str]]:
     """A checkpoint's folder, or all those below it."""
-    at = path.absolute()
-    if _is_checkpoint(at):
-        return PosixStorage(at.parent), [at.name]
-    storage = PosixStorage(at)
-    if not (found := [folder for folder, _ in folders(storage)]):
-        raise DataError(f"there is no checkpoint in {path}")
+    storage, folder = place(address)
+    found = [folder] if folder else [each for each, _ in folders(storage)]
+    if not found:
+        raise DataError(f"there is no checkpoint in {address}")
     return storage, found
 
 
 def _total(storage: Storage, folder: str) -> int | None:
     """Bytes that verifying reads; None if the manifest cannot be read."""
     try:
-        manifest = locate(Path(storage.name) / folder).manifest
+        manifest = read_manifest(storage, folder)
     except DataError:
         return None
     return sum(len(writer.crcs) for writer in manifest.writers) * EXTENT_BYTES
-
-
-def _described(manifest: Manifest) -> tuple[str, str, str]:
-    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
-    return saved, str(manifest.world_size), _size(manifest.nbytes)
-
-
-def _summary(candidate: Candidate) -> dict[str, Any]:
-    summary: dict[str, Any] = {"folder": candidate.folder, "step": candidate.step}
-    if (manifest := candidate.manifest) is None:
-        return {**summary, "good": False, "reason": candidate.refused}
-    head = {"created": manifest.created, "world_size": manifest.world_size, "num_bytes": manifest.nbytes}
-    return {**summary, "good": True, "job": manifest.job, "attempt": manifest.attempt, **head}
-
-
-def _head(found: Located) -> dict[str, Any]:
-    manifest = found.manifest
-    return {
-        "folder": f"{found.storage.name}/{found.folder}",
-        "job": manifest.job,
-        "step": manifest.step,
-        "attempt": manifest.attempt,
-        "saved": _described(manifest)[0],
-        "world_size": manifest.world_size,
-        "mesh": dict(manifest.mesh),
-        "num_bytes": manifest.nbytes,
-        "num_tensors": len(manifest.tensors),
-        "objects": list(manifest.objects),
-    }
-
-
-def _tensor(tensor: StoredTensor) -> dict[str, Any]:
-    return {**asdict(tensor), "num_bytes": tensor.nbytes}
-
-
-def _show_report(report: Report) -> None:
-    if report.is_good:
-        _show(f"{report.folder}: good, {report.num_extents} extents read")
-        return
-    table = Table("writer", "extent", "what", "tensors", title=f"{report.folder} is damaged", box=None)
-    for damage in report.damages:
-        place = ("-" if number is None else str(number) for number in (damage.writer, damage.extent))
-        table.add_row(*place, _one_line(damage.message), _some(damage.tensors))
-    _show(table)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def _one_line(message: str) -> str:
-    return message.removeprefix("error: ").replace("\n", ", ")
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} TiB"
-
-
-@contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, for work that reads a lot."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
-
-
-def _show(*parts: Table | str) -> None:
-    console = Console(soft_wrap=True)
-    for part in parts:
-        console.print(part, markup=False, highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))

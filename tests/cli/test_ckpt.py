@@ -65,6 +65,13 @@ def test_ls_of_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert run_json(capsys, "ls", tmp_path)["checkpoints"] == []
 
 
+def test_an_address_is_as_good_as_a_path(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fsspec")
+    found = run_json(capsys, "ls", f"local://{root}")
+    assert [(c["step"], c["good"]) for c in found["checkpoints"]] == [(3, True), (2, False), (1, True)]
+    assert run_json(capsys, "verify", f"local://{root}/step-00000001")[0]["good"]
+
+
 def test_inspect_shows_head_tensors_and_objects(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "inspect", root / "step-00000001")
     assert (found["step"], found["world_size"], found["objects"], found["mesh"]) == (1, 2, ["lr"], {"tp": 1})
