@@ -6,20 +6,16 @@ values are loaded as data only.
 """
 
 import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import (
-    CheckpointException,
     DefaultLoadPlanner,
     DefaultSavePlanner,
     FileSystemReader,
@@ -28,9 +24,7 @@ from torch.distributed.checkpoint import (
     metadata,
 )
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan
-
-from distrain.core.errors import DistrainError
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from ..errors import DamageError, storage_errors
 from ..safe_state import decode, encode
@@ -39,6 +33,21 @@ from ..untrusted import Json
 from .form import Source, TensorInfo, batches
 
 METADATA = ".metadata"
+PART_BYTES = 512 << 20
+"""of one file, all of which torch's writer keeps in memory"""
+
+
+_NOT_READABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+)
+"""what unpickling and torch's reader raise on what they do not understand"""
 
 
 class DcpSource:
@@ -84,23 +93,55 @@ class DcpSource:
         return {name: encode(value, name=name) for name, value in state.items()}
 
     def _load(self, state: dict[str, Any]) -> None:
-        with _alone(f"read {self._reader.path}"):
-            dcp.load(
-                state, storage_reader=self._reader, planner=_DataOnly(flatten_state_dict=False), no_dist=True
-            )
+        reader, planner = self._reader, _DataOnly(flatten_state_dict=False)
+        with storage_errors(f"read {reader.path}"):
+            try:
+                planner.set_up_planner(state, reader.read_metadata(), is_coordinator=True)
+                reader.set_up_storage_reader(reader.read_metadata(), True)
+                plans = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
+                for plan in reader.prepare_global_plan(plans):
+                    reader.read_data(planner.finish_plan(plan), planner).wait()
+            except _NOT_READABLE as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise DamageError(f"torch cannot read {reader.path}", got=reason[:1000]) from error
 
 
 def write_dcp(source: Source, folder: Path) -> None:
-    """Write ``source`` into ``folder``: one file, as a job of one rank would."""
+    """Write ``source`` into ``folder``, as a job of several ranks would: torch's writer keeps all of a rank's tensors.
+
+    Nothing but the writer and the planner take part, in the order in which ``dcp.save`` calls them.
+    """
     state: dict[str, Any] = {
         name: torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta")
         for name, info in source.tensors.items()
     }
     state |= {name: decode(value, name=name) for name, value in source.objects.items()}
     # Without copying ahead, torch's writer asks for one tensor after the other, in the order of the plan.
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-    with _alone(f"write {folder}"):
-        dcp.save(state, storage_writer=writer, planner=_Streaming(source), no_dist=True)
+    writer, planner = FileSystemWriter(folder, per_thread_copy_ahead=0), _Streaming(source)
+    with storage_errors(f"write {folder}"):
+        writer.set_up_storage_writer(True)
+        planner.set_up_planner(state, is_coordinator=True)
+        (whole,), planned = planner.create_global_plan(
+            [writer.prepare_local_plan(planner.create_local_plan())]
+        )
+        parts = writer.prepare_global_plan([replace(whole, items=items) for items in _parts(whole, source)])
+        results = [writer.write_data(part, planner).wait() for part in parts]
+        writer.finish(planned, results)
+
+
+def _parts(plan: SavePlan, source: Source) -> list[list[WriteItem]]:
+    """The items in their order, in parts of about PART_BYTES; objects go with the first."""
+    parts: list[list[WriteItem]] = [[item for item in plan.items if item.tensor_data is None]]
+    size = 0
+    for item in plan.items:
+        if item.tensor_data is not None:
+            nbytes = source.tensors[item.index.fqn].nbytes
+            if size and size + nbytes > PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(item)
+            size += nbytes
+    return parts
 
 
 class _Streaming(DefaultSavePlanner):
@@ -140,14 +181,7 @@ class _Reader(FileSystemReader):
         with storage_errors(f"read {path}"), path.open("rb") as file:
             try:
                 found = _MetadataUnpickler(file).load()
-            except (
-                pickle.UnpicklingError,
-                EOFError,
-                AttributeError,
-                TypeError,
-                ValueError,
-                IndexError,
-            ) as error:
+            except _NOT_READABLE as error:
                 raise DamageError(
                     f"{path} cannot be read as the metadata of a checkpoint", got=str(error)
                 ) from error
@@ -191,19 +225,3 @@ def _layout(name: str) -> torch.layout:
     if name != "torch.strided":
         raise ValueError(f"tensors of the layout {name}")
     return torch.strided
-
-
-@contextmanager
-def _alone(doing: str) -> Iterator[None]:
-    """One process is meant, and torch warns that there is only one; what went wrong is inside torch's exception."""
-    with warnings.catch_warnings(), storage_errors(doing):
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            yield
-        except CheckpointException as error:
-            cause, _ = next(iter(error.failures.values()))
-            if isinstance(cause, (DistrainError, OSError)) or not isinstance(cause, Exception):
-                raise cause from error
-            raise DamageError(
-                f"torch cannot {doing}", got=f"{type(cause).__name__}: {cause}"[:1000]
-            ) from error

@@ -195,6 +195,18 @@ def test_torch_loads_what_we_made_for_it(tmp_path: Path) -> None:
     run_ranks(load_with_torch, 2, str(tmp_path / "theirs"))
 
 
+def test_large_checkpoints_become_several_files_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distrain.checkpoint.convert.dcp.PART_BYTES", 150)
+    save(tmp_path / "run", TENSORS, objects={"seed": 1})
+    convert(tmp_path / "run", tmp_path / "theirs", to="dcp")
+    assert len(list((tmp_path / "theirs").glob("*.distcp"))) == 3
+    convert(tmp_path / "theirs", tmp_path / "ours", to="distrain")
+    assert_same(read(tmp_path / "ours"), TENSORS)
+    assert decode(open_source(tmp_path / "ours")[1].objects["seed"]) == 1
+
+
 def metadata_of(path: Path) -> Any:
     return pickle.loads((path / ".metadata").read_bytes())
 
@@ -213,7 +225,7 @@ def test_a_dcp_folder_that_would_run_code_or_read_elsewhere_is_refused(tmp_path:
         next(iter(metadata.storage_data.values())).relative_path = "../theirs/__0_0.distcp"
     else:
         info = next(info for index, info in metadata.storage_data.items() if index.fqn == "seed")
-        trap = pickle.dumps(Trap(mark))
+        trap = pickle.dumps(Trap(mark), protocol=2)
         with (tmp_path / "theirs" / info.relative_path).open("r+b") as file:
             file.seek(info.offset)
             file.write(trap)
