@@ -13,7 +13,7 @@ from pathlib import Path
 
 PREFIX = "distrain-speed"
 MOUNTS = Path("/sys/fs/cgroup")
-WEIGHT = 10  # times the weight of other groups: a device should not slow down because somebody else compiles
+WEIGHT = 50  # times the weight of other groups: a device should not slow down because somebody else compiles
 
 
 @dataclass(frozen=True, slots=True)

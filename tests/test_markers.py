@@ -49,7 +49,7 @@ def run_pytest(folder: Path, tests: str, *arguments: str) -> tuple[int, str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr

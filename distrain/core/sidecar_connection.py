@@ -167,6 +167,7 @@ class Connection:
                 self._forget(why=str(cause))
             if not self.closed.is_set():
                 self._find_another()
+        self._forget(why="this end is closed")
 
     def _deliver(self, frame: Frame) -> None:
         if "notice" in frame.header:

@@ -83,6 +83,8 @@ class _Attempt:
 
 @dataclass(slots=True)
 class _Step:
+    is_decided: bool = False
+    """its tiers have been chosen"""
     durable: bool = False
     streams: bool = False
     opened: dict[int, int] = field(default_factory=dict)
@@ -190,8 +192,10 @@ class Agreement:
         """A rank has come, with complete snapshots of these steps in memory, oldest first."""
         rank = message["rank"]
         if member not in self._members:
-            for number, step in self._steps.items():
-                self._out.append(Tell(member, _due_message(number, step, is_first=False)))
+            decided = [(number, step) for number, step in self._steps.items() if step.is_decided]
+            self._out += [
+                Tell(member, _due_message(number, step, is_first=False)) for number, step in decided
+            ]
             self._out += [Tell(member, _begin_message(n, tier, each)) for n, tier, each in self._active()]
         self._members.setdefault(member, set()).add(rank)
         for number, order in message["holds"]:
@@ -202,8 +206,8 @@ class Agreement:
                 self._out.append(Tell(member, _committed_message(number, tier, folder)))
             if self._is_complete(step):
                 self._protect(number)
-                if not step.committed and not step.attempts:  # whether it was on disk, nobody knows any more
-                    self._decide(number, is_first=True)
+                if not step.is_decided:  # whether it was on disk, nobody knows any more
+                    self._decide(number)
 
     def _on_opened(self, member: int, message: Message) -> None:
         number, rank = message["step"], message["rank"]
@@ -211,7 +215,6 @@ class Agreement:
             self._lose(other, f"rank {rank} went on without it")
         if number in self._steps and rank in self._steps[number].opened:
             self._lose(number, f"rank {rank} saves it again")
-        is_first = number not in self._steps
         step = self._steps.setdefault(number, _Step())
         step.opened[rank] = message["order"]
         step.streams |= message["streams"]
@@ -219,9 +222,9 @@ class Agreement:
         skipped.discard(rank)
         if skipped:
             self._lose(number, f"ranks {_shown(skipped)} skipped it")
-        elif is_first or message["durable"] > step.durable:
+        elif not step.is_decided or message["durable"] > step.durable:
             step.durable |= message["durable"]
-            self._decide(number, is_first=is_first)
+            self._decide(number)
         self._trim()
 
     def _on_sealed(self, member: int, message: Message) -> None:
@@ -287,7 +290,7 @@ class Agreement:
         step.protected = True
         self._tell(do="protected", step=number, snapshots=list(step.opened.items()))
 
-    def _decide(self, number: int, *, is_first: bool) -> None:
+    def _decide(self, number: int) -> None:
         """Choose the tiers of a step, and begin with the first."""
         step = self._steps[number]
         have = {*step.waiting, *step.attempts, *step.committed}
@@ -297,7 +300,8 @@ class Agreement:
                 step.waiting.append(tier)
                 self._last[tier] = number
         step.waiting.sort()
-        self._out.append(Tell(None, _due_message(number, step, is_first=is_first)))
+        self._out.append(Tell(None, _due_message(number, step, is_first=not step.is_decided)))
+        step.is_decided = True
         if not step.attempts:
             self._next_tier(number, source=max(step.committed, default=MEMORY))
 

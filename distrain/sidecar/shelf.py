@@ -36,12 +36,12 @@ class Shelf:
                         yield slots, snapshot
 
     def outdated(self, world: int) -> Iterator[tuple[RankSlots, Snapshot]]:
-        """What nobody will miss once every rank of ``world`` has a snapshot."""
+        """What nobody will miss now that every rank of ``world`` has a snapshot; ranks of other worlds retire."""
         for slots in self.ranks:
-            if slots.world_size != world or slots.retired:
-                for snapshot in list(slots.snapshots):
-                    if snapshot and not snapshot.is_needed:
-                        yield slots, snapshot
+            slots.retired = slots.retired or slots.world_size != world
+            for snapshot in list(slots.snapshots):
+                if slots.retired and snapshot and not snapshot.is_needed:
+                    yield slots, snapshot
 
     def sweep(self) -> None:
         """Free what is not needed any more."""

@@ -166,8 +166,8 @@ def test_what_a_killed_owner_left_is_taken_away_by_the_next(controller: Controll
 @pytest.mark.parametrize(
     ("version", "files"),
     [
-        (1, {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "4500", "cpu.shares": "10240"}),
-        (2, {"cpu.max": "4500 10000", "cpu.weight": "1000"}),
+        (1, {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "4500", "cpu.shares": "51200"}),
+        (2, {"cpu.max": "4500 10000", "cpu.weight": "5000"}),
     ],
 )
 def test_each_version_is_told_the_quota_in_its_own_words(

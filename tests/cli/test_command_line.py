@@ -56,11 +56,11 @@ from importlib import import_module
 import distrain.core
 from distrain.cli import main
 assert main(["--help"]) == 0
+assert "numpy" not in sys.modules and "rich" not in sys.modules
 for module in pkgutil.iter_modules(distrain.core.__path__):
     if module.name != "device":
         import_module(f"distrain.core.{module.name}")
         assert "torch" not in sys.modules, module.name
-assert "numpy" not in sys.modules and "rich" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from distrain.checkpoint.layout import EXTENT_BYTES, STRIDE, WriterLayout, pack,
 from distrain.checkpoint.storage import Storage, aligned_memory
 from distrain.checkpoint.tiers import open_storage
 from distrain.core.protocols import ShardBox
-from distrain.core.sidecar_client import KeeperClient, Slot
+from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused, Slot
 from distrain.core.sidecar_home import Home
 
 DEADLINE_S = 40.0
@@ -179,6 +179,8 @@ class Keepers:
         for trainer in self.trainers:
             trainer.kill()
         for each in self.ranks:
+            with suppress(KeeperLost, KeeperRefused):
+                self.pids.add(int(each.client.status()["pid"]))
             each.client.close(flush=False)
         for pid in self.pids:
             if alive(pid):

@@ -50,6 +50,14 @@ def answers(rank: Rank) -> bool:
         return False
 
 
+def try_to_save(rank: Rank, step: int) -> bool:
+    """Save, unless the keeper is killed meanwhile."""
+    try:
+        return rank.save(step)
+    except KeeperLost:
+        return False
+
+
 def test_a_killed_trainer_leaves_its_snapshot_in_memory_and_on_disk(keepers: Keepers, tmp_path: Path) -> None:
     tier = local(tmp_path)
     trainer = keepers.trainer(config_of(tier))
@@ -102,6 +110,7 @@ def test_a_step_that_a_killed_rank_had_not_sealed_is_lost_for_all(keepers: Keepe
     for step in (1, 2):
         rank.save(step)
         trainer.do("save" if step == 1 else "open_and_stop", step)
+    assert rank.client.wait(1, level="committed", timeout_s=30).reached
     trainer.kill()
     assert "rank 1" in rank.client.wait(2, level="committed", timeout_s=30).reason
     assert [each.step for each in rank.client.sealed_steps()] == [1]
@@ -132,8 +141,9 @@ def test_a_killed_keeper_is_replaced_and_takes_over_what_is_in_memory(
     (pid,) = keepers.pids
     kill(pid)
     until(lambda: all(answers(each) for each in ranks), "another keeper")
-    keepers.pids = {keeper_of(each) for each in ranks}
-    assert pid not in keepers.pids and len(keepers.pids) == 1
+    assert {keeper_of(each) for each in ranks} not in ({pid}, set()) and keeper_of(ranks[0]) == keeper_of(
+        ranks[1]
+    )
     assert ranks[0].client.wait(1, level="protected", timeout_s=30).reached
     assert in_memory(ranks[0], 1)
     assert ranks[0].client.wait(1, level="committed", timeout_s=30).reached
@@ -157,7 +167,6 @@ def test_a_keeper_killed_while_a_slot_is_filled_costs_that_snapshot_only(
         rank.fill(slot)
         rank.client.seal(slot)
     until(lambda: answers(rank), "another keeper")
-    keepers.pids = {keeper_of(rank)}
     assert [each.step for each in rank.client.sealed_steps()] == [1]
     assert in_memory(rank, 1)
     assert rank.save(3)
@@ -179,7 +188,6 @@ def test_memory_that_was_changed_after_its_keeper_died_is_not_taken_over(keepers
     kill(pid)
     np.frombuffer(trainer.client.slots[index], np.uint8)[4321] ^= 1
     until(lambda: answers(trainer), "another keeper")
-    keepers.pids = {keeper_of(trainer)}
     until(lambda: [each.step for each in trainer.client.sealed_steps()] == [1], "only the sound one")
     assert in_memory(trainer, 1)
 
@@ -264,14 +272,17 @@ def test_a_keeper_killed_anywhere_leaves_the_old_or_the_new_and_the_next_one_fin
     keepers.start_keeper(Fault(point, "kill", on_hit))
     ranks = [keepers.rank(config_of(tier), rank=rank, world_size=2) for rank in range(2)]
     pid = keeper_of(ranks[0])
-    for each in ranks:
-        each.save(2)
+    sealed = [try_to_save(each, 2) for each in ranks]
     until(lambda: not alive(pid), f"the keeper reaches {point}")
     found = set(committed(tier.url))
     assert found in ({1}, {1, 2})
     assert is_saved(tier.url, 1)
     assert 2 not in found or is_saved(tier.url, 2, world_size=2)
     until(lambda: all(answers(each) for each in ranks), "another keeper")
-    keepers.pids.add(keeper_of(ranks[0]))
-    assert ranks[0].client.wait(2, level="committed", timeout_s=30).reached
-    assert is_saved(tier.url, 2, world_size=2) and is_saved(tier.url, 1)
+    new = (
+        2 if all(sealed) else 3
+    )  # killed while a rank was filling its slot: that step is lost, the next is not
+    for each in ranks:
+        assert new == 2 or each.save(new)
+    assert ranks[0].client.wait(new, level="committed", timeout_s=30).reached
+    assert is_saved(tier.url, new, world_size=2) and is_saved(tier.url, 1)

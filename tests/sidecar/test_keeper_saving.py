@@ -132,8 +132,8 @@ def test_a_run_that_goes_back_saves_smaller_steps(keepers: Keepers, tmp_path: Pa
 
 def test_what_is_in_memory_can_be_read_with_its_checksums(keepers: Keepers) -> None:
     ranks = [keepers.rank(config_of(), rank=rank, world_size=2) for rank in range(2)]
-    for each in ranks:
-        each.save(4)
+    for rank in ranks:
+        rank.save(4)
     assert ranks[1].client.wait(4, level="protected", timeout_s=30).reached
     pinned = ranks[0].client.pin(4)
     assert [each.writer for each in pinned] == [0, 1]

@@ -13,7 +13,7 @@ import pytest
 from distrain.core.events import read_events
 from helpers.keeper_processes import keepers_of, kill_keepers
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 CONFIG = """
 run_dir = "{run}"
@@ -108,7 +108,7 @@ def test_after_a_kill_of_every_rank_the_memory_has_the_last_step(config: Path) -
     saving = ("checkpoint.every=1", "checkpoint.disk_every=1000")
     job = start(config, *saving, "train.steps=100000", *ZBV)
     try:
-        assert eventually(lambda: events.exists() and len(losses(config)) >= 4, within_s=60)
+        assert eventually(lambda: events.exists() and len(losses(config)) >= 4, within_s=120)
     finally:
         job.send_signal(signal.SIGKILL)  # the ranks die with their launcher
         job.communicate()
