@@ -1,20 +1,20 @@
-"""Arithmetic on many boxes at once: which overlap, and how a run of bytes divides a box.
+"""Which of many boxes overlap.
 
 A box is ``start <= index < stop`` in every dim of a tensor. Boxes of tensors of different dimensionality stand in one
 array, filled up with dims of size one, and ``group`` says which tensor each belongs to, so that one pass of numpy
 serves a whole manifest.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain.core.boxes import Point
+
 Ints: TypeAlias = NDArray[np.int64]
-Point: TypeAlias = tuple[int, ...]
 
 _PAIRS_AT_ONCE = 1 << 20  # bounds memory; small enough for the caches
 
@@ -87,33 +87,3 @@ def _that_meet(first: Boxes, second: Boxes, mine: Ints, theirs: Ints) -> tuple[I
         meet = low < high
         mine, theirs = mine[meet], theirs[meet]
     return mine, theirs
-
-
-def runs(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Point, Point]]:
-    """Elements ``start`` to ``stop`` of a row-major array of ``shape`` as boxes (offset, shape), at most 2n - 1.
-
-    In two dims: the rest of the first row, whole rows, the beginning of the last row.
-    """
-    if start >= stop:
-        return
-    if not shape:
-        yield (), ()
-        return
-    inner = shape[1:]
-    row = math.prod(inner)
-    first, head = divmod(start, row)
-    last, tail = divmod(stop, row)
-    if first == last:
-        yield from _below(first, runs(inner, head, tail))
-        return
-    if head:
-        yield from _below(first, runs(inner, head, row))
-        first += 1
-    if first < last:
-        yield (first, *(0 for _ in inner)), (last - first, *inner)
-    if tail:
-        yield from _below(last, runs(inner, 0, tail))
-
-
-def _below(index: int, parts: Iterable[tuple[Point, Point]]) -> Iterator[tuple[Point, Point]]:
-    return (((index, *offset), (1, *shape)) for offset, shape in parts)

@@ -22,10 +22,11 @@ from typing import Protocol
 
 import numpy as np
 
+from distrain.core.boxes import Point, runs
 from distrain.core.errors import Problem, nearest, raise_if
 from distrain.core.protocols import ShardBox
 
-from .intersect import Boxes, Ints, Point, boxes, meeting, runs
+from .intersect import Boxes, Ints, boxes, meeting
 from .layout import DTYPES, EXTENT_BYTES
 
 _LISTED = 50

@@ -10,11 +10,14 @@ row, and so on outwards (ByteCheckpoint, 2407.20143, calls them irregular tensor
                                 c c . . . .      c: box at (3, 0), 1 x 2
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
+from typing import TypeAlias
 
 from .protocols import ShardBox
+
+Point: TypeAlias = tuple[int, ...]
 
 
 def runs_to_boxes(box: ShardBox, *, first: int, count: int) -> Iterator[tuple[ShardBox, int]]:
@@ -25,39 +28,35 @@ def runs_to_boxes(box: ShardBox, *, first: int, count: int) -> Iterator[tuple[Sh
     if not 0 <= first <= first + count <= prod(box.shape):
         raise ValueError(f"elements {first} to {first + count} of {prod(box.shape)}")
     done = 0
-    for offset, shape in _cut(box.shape, first, count):
+    for offset, shape in runs(box.shape, first, first + count):
         start = tuple(a + b for a, b in zip(box.offset, offset, strict=True))
         yield replace(box, offset=start, shape=shape), done
         done += prod(shape)
 
 
-def _cut(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offset and shape of each box, within ``shape``."""
-    if count == 0:
+def runs(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Point, Point]]:
+    """Elements ``start`` to ``stop`` (half-open) of a row-major array of ``shape`` as boxes: offset and shape of each."""
+    if start >= stop:
         return
     if not shape:
         yield (), ()
         return
-    row = prod(shape[1:])
-    if first == 0 and count == prod(shape):
-        yield (0,) * len(shape), shape
+    inner = tuple(shape[1:])
+    row = prod(inner)
+    first, head = divmod(start, row)
+    last, tail = divmod(stop, row)
+    if first == last:
+        yield from _within(first, runs(inner, head, tail))
         return
-    begin, end = divmod(first, row), divmod(first + count, row)
-    if begin[0] == end[0]:
-        yield from _within(shape, begin[0], begin[1], count)
-        return
-    if begin[1]:
-        yield from _within(shape, begin[0], begin[1], row - begin[1])
-    top = begin[0] + (begin[1] > 0)
-    if end[0] > top:
-        yield (top, *(0,) * (len(shape) - 1)), (end[0] - top, *shape[1:])
-    if end[1]:
-        yield from _within(shape, end[0], 0, end[1])
+    if head:
+        yield from _within(first, runs(inner, head, row))
+        first += 1
+    if first < last:
+        yield (first, *(0 for _ in inner)), (last - first, *inner)
+    if tail:
+        yield from _within(last, runs(inner, 0, tail))
 
 
-def _within(
-    shape: tuple[int, ...], index: int, first: int, count: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The part of one row."""
-    for offset, inner in _cut(shape[1:], first, count):
-        yield (index, *offset), (1, *inner)
+def _within(index: int, parts: Iterable[tuple[Point, Point]]) -> Iterator[tuple[Point, Point]]:
+    """Parts of one row as parts of the whole."""
+    return (((index, *offset), (1, *shape)) for offset, shape in parts)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distrain.checkpoint.errors import DamageError
-from distrain.checkpoint.intersect import boxes, meeting, runs
+from distrain.checkpoint.intersect import boxes, meeting
 from distrain.checkpoint.layout import DTYPES, EXTENT_BYTES, STRIDE
 from distrain.checkpoint.reshard import execute, plan
 from distrain.core.errors import ConfigError
@@ -325,16 +325,3 @@ def test_thousands_of_boxes_meet_thousands_as_pair_by_pair_comparison_says(colum
     want = {(int(i), int(j)) for i, j in np.argwhere(same & (low < high).all(axis=2))}
     found = [(int(i), int(j)) for i, j in zip(*meeting(first, second), strict=True)]
     assert set(found) == want and len(found) == len(want) > 100
-
-
-@given(st.lists(st.integers(1, 4), max_size=4), st.data())
-def test_a_run_of_elements_is_few_boxes_that_hold_it_and_nothing_else(
-    shape: list[int], data: st.DataObject
-) -> None:
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    stop = data.draw(st.integers(0, numbers.size))
-    start = data.draw(st.integers(0, stop))
-    parts = list(runs(shape, start, stop))
-    got = [number for offset, size in parts for number in numbers[slices(offset, size)].ravel().tolist()]
-    assert got == list(range(start, stop))
-    assert len(parts) <= max(1, 2 * len(shape) - 1)
