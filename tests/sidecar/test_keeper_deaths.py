@@ -193,7 +193,7 @@ def test_memory_that_was_changed_after_its_keeper_died_is_not_taken_over(keepers
 
 
 def test_trainer_and_keeper_killed_together_leave_what_is_on_disk(keepers: Keepers, tmp_path: Path) -> None:
-    tier = local(tmp_path, bytes_per_s=2e6)
+    tier = local(tmp_path, bytes_per_s=8e6)
     trainer = keepers.trainer(config_of(tier))
     trainer.do("save", 1)
     trainer.do("client.wait", 1, level="committed", timeout_s=30)
