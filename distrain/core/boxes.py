@@ -35,7 +35,7 @@ def runs_to_boxes(box: ShardBox, *, first: int, count: int) -> Iterator[tuple[Sh
 
 
 def runs(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Point, Point]]:
-    """Elements ``start`` to ``stop`` (half-open) of a row-major array of ``shape`` as boxes: offset and shape of each."""
+    """Elements ``start`` to ``stop`` of a row-major array of ``shape`` as boxes: offset and shape of each."""
     if start >= stop:
         return
     if not shape:
