@@ -38,6 +38,8 @@ LOOK_S = 0.1
 """between two looks at whether it is time to end"""
 TURN_S = 10.0
 """how long a trainer waits for the one whose place it takes"""
+FIRST_S = 60.0
+"""how long a keeper waits for its first trainer"""
 HANG_S = 600.0
 """how long a keeper that should end waits for a disk that does not answer"""
 
@@ -141,7 +143,7 @@ class Keeper:
             if self._sessions or (self._reception and self._reception.busy):
                 self._idle_since, wanted_since = now, None
                 continue
-            idle_limit_s = self._team.config.idle_limit_s if self._team else KeeperConfig().idle_limit_s
+            idle_limit_s = self._team.config.idle_limit_s if self._team else FIRST_S
             is_idle = now - self._idle_since > idle_limit_s
             if not self._wants_to_end and not (is_idle and self._options.lease_fd is None):
                 continue
