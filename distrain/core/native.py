@@ -6,7 +6,7 @@ version that built it. Builds happen under a lock of that folder and end in an a
 that need a library one compiles and the others wait, and nobody ever loads half a file.
 
 A running job never compiles: a thousand ranks compiling at start would be a storm, and compute nodes often have no
-compiler. It takes what ``distrain doctor --build`` left there, or learns what is missing.
+compiler. It takes what a build before the job has left there, or learns what is missing.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ def load(name: str, sources: Sequence[Path], *, build: bool, flags: Sequence[str
         raise MissingDependencyError(
             f"the native library {name} is not built",
             got=f"no library in {folder}",
-            hint="distrain doctor --build",
+            hint="build it before the job: distrain.core.native.load(..., build=True)",
         )
     return ctypes.CDLL(str(_trusted(libraries[-1])))
 

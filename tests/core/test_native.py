@@ -62,7 +62,7 @@ def test_a_source_is_built_loaded_and_found_again_without_a_compiler(
 
 def test_a_running_job_never_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = shim(tmp_path, monkeypatch)
-    with pytest.raises(MissingDependencyError, match="distrain doctor --build"):
+    with pytest.raises(MissingDependencyError, match="build it before the job"):
         native.load("answer", [source(tmp_path)], build=False)
     assert log.read_text() == ""
 
