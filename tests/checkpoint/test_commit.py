@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -168,11 +169,12 @@ def every_kill(
     work: Callable[[Path], object], prepare: Callable[[Path], object], tmp: Path
 ) -> Iterator[tuple[str, Path]]:
     """Kill ``work`` at each hit of each point, each time in a new folder that was prepared."""
-    prepare(tmp / "count")
+    prepare(tmp / "prepared")
+    shutil.copytree(tmp / "prepared", tmp / "count", copy_function=os.link)  # no file is ever written again
     for name, count in sorted(hits_of(lambda: work(tmp / "count")).items()):
         for on_hit in range(1, count + 1):
             root = tmp / f"{name}-{on_hit}"
-            prepare(root)
+            shutil.copytree(tmp / "prepared", root, copy_function=os.link)
             killed_at(name, on_hit, partial(work, root))
             yield name, root
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from distrain.checkpoint.blob import data_path
 from distrain.checkpoint.candidates import candidates
 from distrain.checkpoint.collect import Retention, collect
+from distrain.checkpoint.layout import EXTENT_BYTES
 from distrain.checkpoint.tensors import TensorReader
 from distrain.checkpoint.tiers import posix
 from distrain.checkpoint.tiers.posix import PosixStorage
@@ -39,18 +41,33 @@ def save_without_hint(root: Path, step: int, value: float) -> None:
     assert point.fired
 
 
-def restored(root: Path) -> float | None:
-    """The value in the newest checkpoint, of which all is read and checked; None if there is none."""
-    storage = PosixStorage(root)
-    found = list(candidates(storage))
-    assert [candidate.refused for candidate in found if candidate.refused] == [], (
-        "half a checkpoint looks like one"
-    )
-    if not found or found[0].manifest is None:
-        return None
-    values = np.unique(TensorReader(storage, found[0].folder, found[0].manifest).read("w"))
-    assert values.size == 1, "a mix of two checkpoints"
-    return float(values[0])
+class Restorer:
+    """Restores; data that it has read once, every written byte of it, it does not read again."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, ...], float] = {}
+
+    def restored(self, root: Path) -> float | None:
+        """The value in the newest checkpoint, of which all is checked; None if there is none."""
+        storage = PosixStorage(root)
+        found = list(candidates(storage))
+        refused = [candidate.refused for candidate in found if candidate.refused]
+        assert refused == [], "half a checkpoint looks like one"
+        if not found or found[0].manifest is None:
+            return None
+        blobs = [root / data_path(found[0].folder, writer.writer) for writer in found[0].manifest.writers]
+        written = tuple(page(blob, start) for blob in blobs for start in (0, EXTENT_BYTES))
+        if written not in self._known:
+            values = np.unique(TensorReader(storage, found[0].folder, found[0].manifest).read("w"))
+            assert values.size == 1, "a mix of two checkpoints"
+            self._known[written] = float(values[0])
+        return self._known[written]
+
+
+def page(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(4096)
 
 
 ACTIONS: list[tuple[Callable[[Path], object], float]] = [
@@ -97,13 +114,14 @@ def test_after_a_power_cut_anywhere_the_last_or_the_new_checkpoint_is_restored(
         lambda number: lucky.random() < 0.5,
     ]
     outcomes: dict[str, float | None] = {}
+    restorer = Restorer()
     for after in range(len(notes.ops) + 1):
         done = sum(end <= after for end in ends)
         allowed = {None if done == 0 else ACTIONS[done - 1][1], ACTIONS[min(done, len(ACTIONS) - 1)][1]}
         for keeps in policies:
             state = notes.leave(tmp_path / "after", after=after, keeps=keeps)
             if state not in outcomes:
-                outcomes[state] = restored(tmp_path / "after" / state / RUN)
+                outcomes[state] = restorer.restored(tmp_path / "after" / state / RUN)
             assert outcomes[state] in allowed, f"after operation {after} of {len(notes.ops)}: {state}"
     assert set(outcomes.values()) == {None, 1.0, 2.0, 2.5, 3.0}
 
