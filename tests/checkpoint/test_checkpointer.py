@@ -48,7 +48,7 @@ class Loop:
         self.schedule.step()
         self.notes["seen"] += 16
         self.notes["history"][self.notes["seen"] % 3] = loss.item()
-        return float(loss)
+        return float(loss.detach())
 
     def track(self, checkpoints: Checkpointer) -> Checkpointer:
         checkpoints.track(
