@@ -13,7 +13,7 @@ class TierConfig:
     """One level of storage below memory."""
 
     url: str
-    """a folder, or an address that fsspec knows (``s3://bucket/run``, ``memory://run``)"""
+    """a folder, or an address that fsspec knows (``s3://bucket/run``); ``{node}`` stands for the rank of the node"""
     name: str = ""
     """how commands and metrics call it; empty: the url"""
     every: int = 1
@@ -87,6 +87,11 @@ class KeeperConfig:
         """The configuration that ``to_json`` wrote; raises ConfigError or TypeError for anything else."""
         tiers = tuple(TierConfig(**tier) for tier in value["tiers"])
         return cls(**{**value, "tiers": tiers})
+
+
+def tier_url(tier: TierConfig, *, node_rank: int) -> str:
+    """Where the tier is, seen from a node."""
+    return tier.url.replace("{node}", str(node_rank))
 
 
 def tier_name(tier: TierConfig) -> str:

@@ -69,6 +69,8 @@ class Rules:
     """steps between two checkpoints, by tier"""
     num_attempts: int
     backoff_s: float
+    rejoin_s: float = 30.0
+    """how long a lost keeper's ranks may take to come back with another one"""
 
 
 @dataclass(slots=True)
@@ -106,6 +108,9 @@ class Agreement:
     def __init__(self, rules: Rules, *, new_name: Callable[[], str]) -> None:
         self._rules, self._new_name = rules, new_name
         self._members: dict[int, set[int]] = {}
+        """ranks by keeper"""
+        self._present: set[int] = set()
+        """ranks that are there"""
         self._steps: dict[int, _Step] = {}
         self._skipped: dict[int, set[int]] = {}
         """ranks by step that they will not save"""
@@ -141,22 +146,27 @@ class Agreement:
         }
 
     def take(self, member: int, message: Message) -> list[Output]:
-        """What follows from a member's message."""
+        """What follows from a member's message; KeyError, TypeError or AttributeError if it is none."""
         handle = getattr(self, f"_on_{message['do']}")
         handle(member, message)
         return self._flush()
 
     def gone_member(self, member: int) -> list[Output]:
-        """The connection to a member is lost: what only it had is not there, and its part of attempts fails."""
+        """The connection to a member is lost. What its ranks have sealed may come back with another keeper."""
         ranks = self._members.pop(member, set())
+        reason = f"the keeper of ranks {_shown(ranks)} is lost"
         for number, step in list(self._steps.items()):
+            if ranks & (step.opened.keys() - step.sealed.keys()):
+                self._lose(number, reason)
+                continue
             lacking = {rank for rank, owner in step.sealed.items() if owner == member}
             for rank in lacking:
                 del step.sealed[rank]
             step.protected = step.protected and not lacking
             for tier, attempt in list(step.attempts.items()):
                 if attempt.active and not attempt.committing and not ranks <= attempt.digests.keys():
-                    self._fail(number, tier, f"the keeper of ranks {_shown(ranks)} is lost")
+                    self._fail(number, tier, reason, after_s=self._rules.rejoin_s)
+        self._without(ranks)
         return self._flush()
 
     def retry(self, tier: int, step: int) -> list[Output]:
@@ -164,7 +174,7 @@ class Agreement:
         found = self._steps.get(step)
         attempt = found.attempts.get(tier) if found else None
         if found and attempt and not attempt.active:
-            if len(found.sealed) == self._rules.world_size or attempt.source != MEMORY:
+            if self._can_begin(found, attempt):
                 self._begin(step, tier, attempt.source, tries=attempt.tries)
             else:
                 self._give_up(step, tier, "not every rank has it any more")
@@ -190,7 +200,10 @@ class Agreement:
 
     def _on_rank(self, member: int, message: Message) -> None:
         """A rank has come, with complete snapshots of these steps in memory, oldest first."""
-        rank = message["rank"]
+        rank, there = message["rank"], {number for number, _ in message["holds"] + message["fills"]}
+        unsealed = [n for n, s in self._steps.items() if rank in s.opened.keys() - s.sealed.keys()]
+        for number in [n for n in unsealed if n not in there]:
+            self._lose(number, f"rank {rank} has come back without it")
         if member not in self._members:
             decided = [(number, step) for number, step in self._steps.items() if step.is_decided]
             self._out += [
@@ -198,6 +211,7 @@ class Agreement:
             ]
             self._out += [Tell(member, _begin_message(n, tier, each)) for n, tier, each in self._active()]
         self._members.setdefault(member, set()).add(rank)
+        self._present.add(rank)
         for number, order in message["holds"]:
             step = self._steps.setdefault(number, _Step())
             step.opened[rank] = order
@@ -208,12 +222,16 @@ class Agreement:
                 self._protect(number)
                 if not step.is_decided:  # whether it was on disk, nobody knows any more
                     self._decide(number)
+                self._resume(number)
 
     def _on_opened(self, member: int, message: Message) -> None:
         number, rank = message["step"], message["rank"]
         for other in [n for n, s in self._steps.items() if n < number and rank not in s.sealed]:
             self._lose(other, f"rank {rank} went on without it")
-        if number in self._steps and rank in self._steps[number].opened:
+        if (
+            number in self._steps
+            and self._steps[number].opened.get(rank, message["order"]) != message["order"]
+        ):
             self._lose(number, f"rank {rank} saves it again")
         step = self._steps.setdefault(number, _Step())
         step.opened[rank] = message["order"]
@@ -245,6 +263,7 @@ class Agreement:
             ranks.discard(rank)
         for number in [n for n, s in self._steps.items() if rank not in s.sealed]:
             self._lose(number, f"rank {rank} is gone")
+        self._without({rank})
 
     def _on_prepared(self, member: int, message: Message) -> None:
         attempt = self._attempt(message)
@@ -305,6 +324,15 @@ class Agreement:
         if not step.attempts:
             self._next_tier(number, source=max(step.committed, default=MEMORY))
 
+    def _can_begin(self, step: _Step, attempt: _Attempt) -> bool:
+        return len(step.sealed) == self._rules.world_size or attempt.source != MEMORY
+
+    def _resume(self, number: int) -> None:
+        """Ranks that were lost are back: try again at once what waits for them."""
+        for tier, attempt in list(self._steps[number].attempts.items()):
+            if not attempt.active:
+                self._begin(number, tier, attempt.source, tries=attempt.tries)
+
     def _next_tier(self, number: int, *, source: int) -> None:
         step = self._steps[number]
         if step.waiting:
@@ -315,8 +343,10 @@ class Agreement:
         self._steps[number].attempts[tier] = attempt
         self._out.append(Tell(None, _begin_message(number, tier, attempt)))
 
-    def _fail(self, number: int, tier: int, reason: str, *, final: bool = False) -> None:
-        """An attempt failed: try again later, or give up."""
+    def _fail(
+        self, number: int, tier: int, reason: str, *, final: bool = False, after_s: float | None = None
+    ) -> None:
+        """An attempt failed: try again after ``after_s`` or the usual pause, or give up."""
         step = self._steps[number]
         attempt = step.attempts[tier]
         attempt.active = False
@@ -324,7 +354,8 @@ class Agreement:
             self._give_up(number, tier, reason)
             return
         self._abandon(number, tier, attempt, reason, again=True)
-        self._out.append(Retry(tier, number, self._rules.backoff_s * 2 ** (attempt.tries - 1)))
+        pause_s = self._rules.backoff_s * 2 ** (attempt.tries - 1) if after_s is None else after_s
+        self._out.append(Retry(tier, number, pause_s))
 
     def _give_up(self, number: int, tier: int, reason: str) -> None:
         step = self._steps[number]
@@ -357,6 +388,13 @@ class Agreement:
         """The tier did not get this step: the next one is due, however soon it comes."""
         if self._last.get(tier) == number:
             del self._last[tier]
+
+    def _without(self, ranks: set[int]) -> None:
+        """Once nobody is there any more, nobody will complete what is not."""
+        self._present -= ranks
+        if not self._present:
+            for number in [n for n, s in self._steps.items() if len(s.sealed) < self._rules.world_size]:
+                self._lose(number, "everybody is gone")
 
     def _trim(self) -> None:
         for number in list(self._steps)[:-REMEMBERED_STEPS]:

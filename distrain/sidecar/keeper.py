@@ -169,7 +169,7 @@ class Keeper:
         if team is None:
             return True
         needs_me = team.coordinator is not None and team.coordinator.num_members > 1
-        return not needs_me and not team.member.is_stranded
+        return not needs_me and (self._is_stopping or not team.member.is_stranded)
 
     # -- trainers
 
@@ -249,11 +249,14 @@ class Keeper:
         if self._members:
             self._members.disconnect()
         self._open_events(config)
-        lanes = [Lane(index, tier, num_threads=1 if index else 2) for index, tier in enumerate(config.tiers)]
-        job, mesh = self._options.job, config.mesh
+        job, node_rank, mesh = self._options.job, self._options.node_rank, config.mesh
+        lanes = [
+            Lane(index, tier, node_rank=node_rank, num_threads=1 if index else 2)
+            for index, tier in enumerate(config.tiers)
+        ]
         member = Member(job=job, mesh=mesh, lanes=lanes, shelf=self._shelf, say=self._say)
         team = self._team = Team(config, lanes, member)
-        if self._options.node_rank == 0:
+        if node_rank == 0:
             team.coordinator = Coordinator(config, lanes=lanes, say=self._say)
             LocalLink(member, team.coordinator)
             if hello.num_nodes > 1:

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from distrain.checkpoint.commit import working_folder
 from distrain.checkpoint.flush import Flush, Identity, Throttle, lower_priority, promote
-from distrain.checkpoint.keeper_config import TierConfig, tier_name
+from distrain.checkpoint.keeper_config import TierConfig, tier_name, tier_url
 from distrain.checkpoint.layout import EXTENT_BYTES
 from distrain.checkpoint.record import WriterRecord
 from distrain.checkpoint.tiers import open_storage
@@ -51,9 +51,9 @@ class Job:
 class Lane:
     """The way to one tier."""
 
-    def __init__(self, index: int, config: TierConfig, *, num_threads: int) -> None:
+    def __init__(self, index: int, config: TierConfig, *, node_rank: int, num_threads: int) -> None:
         self.index, self.config, self.name = index, config, tier_name(config)
-        self.storage = open_storage(config.url)
+        self.storage = open_storage(tier_url(config, node_rank=node_rank))
         self.counters = Counters()
         self._num_threads = num_threads
         self._throttle = Throttle(config.bytes_per_s)

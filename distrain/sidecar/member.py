@@ -279,11 +279,12 @@ class Member:
         held = sorted(filter(None, slots.snapshots), key=lambda each: each.order)
         good = [each for each in held if not each.discarded]
         holds = [[each.step, each.order] for each in good if each.is_complete]
-        self._send(slots.world_size, {"do": "rank", "rank": slots.rank, "holds": holds})
-        for snapshot in good:
-            if snapshot.state is State.FILLING:
-                self._step(slots.world_size, snapshot.step).is_undecided = True
-                self._tell_opened(slots, snapshot)
+        filling = [each for each in good if each.state is State.FILLING]
+        fills = [[each.step, each.order] for each in filling]
+        self._send(slots.world_size, {"do": "rank", "rank": slots.rank, "holds": holds, "fills": fills})
+        for snapshot in filling:
+            self._step(slots.world_size, snapshot.step).is_undecided = True
+            self._tell_opened(slots, snapshot)
 
     def _discard(self, slots: RankSlots, snapshot: Snapshot, reason: str) -> None:
         snapshot.discarded = snapshot.discarded or reason

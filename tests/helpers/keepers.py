@@ -285,7 +285,8 @@ def committed(url: str, *, writers: Sequence[int] | None = None) -> dict[int, st
 def content(url: str, step: int, writer: int) -> bytes:
     """A writer's bytes in a checkpoint, verified."""
     storage: Storage = open_storage(url)
-    found = next(each for each in candidates(storage) if each.step == step and each.manifest)
+    good = (each for each in candidates(storage, writers=[writer]) if each.manifest)
+    found = next(each for each in good if each.step == step)
     assert found.manifest
     stored = found.manifest.writers[writer]
     buffer = aligned_memory(STRIDE)
