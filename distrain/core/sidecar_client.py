@@ -27,7 +27,7 @@ from typing import Any
 from . import shared_memory
 from .shared_memory import Mapping as MemoryMapping
 from .sidecar_connection import Connection, OnNotice, checked, receive_fd
-from .sidecar_home import Home
+from .sidecar_home import JOB, Home
 from .sidecar_types import (
     Config,
     Held,
@@ -84,8 +84,9 @@ class KeeperClient:
         """Reach the keeper of this node, starting one if there is none and ``start`` says so, and map its memory.
 
         ``slot_bytes`` is what ``WriterLayout.slot_bytes`` says, or any multiple of STRIDE. The memory is allocated in
-        the background: ``ready`` waits for it, and so does the first ``open``. The node is told by the launcher's
-        GROUP_RANK and GROUP_WORLD_SIZE in ``environ``.
+        the background: ``ready`` waits for it, and so does the first ``open``. ``job`` names what is saved, equally on
+        all ranks. The launcher's variables in ``environ`` (DISTRAIN_JOB, GROUP_RANK, GROUP_WORLD_SIZE) lead to its
+        keeper; without them, each ``job`` has one of its own.
 
         Raises:
             KeeperLost: there is none, or it does not answer.
@@ -102,7 +103,7 @@ class KeeperClient:
             num_slots=num_slots,
             config=config.to_json(),
         )
-        home = Home(job, node_rank=identity.node_rank, environ=environ)
+        home = Home(environ.get(JOB) or job, node_rank=identity.node_rank, environ=environ)
         client = cls(identity, home=home, start=start)
         client._connection.open(name=f"distrain-keeper-client-{rank}", timeout_s=timeout_s)
         client._populating = threading.Thread(
@@ -317,7 +318,7 @@ class KeeperClient:
 
     def _fetch(self, arena: str) -> MemoryMapping:
         """The memory of another rank, or of an earlier one, for reading."""
-        answer, fd = self._connection.fetch({"do": "fetch", "arena": arena})
+        answer, fd = self._connection.fetch({"do": "fetch", "job": self._identity.job, "arena": arena})
         try:
             return MemoryMapping(fd, nbytes=int(answer["nbytes"]), writable=False)
         finally:

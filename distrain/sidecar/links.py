@@ -42,8 +42,8 @@ class LocalLink:
 class RemoteLink:
     """The connection of a member to a coordinator on another node, made anew whenever it breaks."""
 
-    def __init__(self, member: Member, *, home: Home, key: bytes, config: KeeperConfig) -> None:
-        self._member, self._home, self._key, self._config = member, home, key, config
+    def __init__(self, member: Member, *, job: str, home: Home, key: bytes, config: KeeperConfig) -> None:
+        self._member, self._job, self._home, self._key, self._config = member, job, home, key, config
         self._end: AsyncEnd | None = None
         self._task = asyncio.ensure_future(self._keep_up())
 
@@ -82,7 +82,7 @@ class RemoteLink:
         self._end = None
         end = await AsyncEnd.shake(reader, writer, initiate(self._key, purpose=PURPOSE))
         try:
-            end.send({"do": "join", "config": self._config.to_json()})
+            end.send({"do": "join", "job": self._job, "config": self._config.to_json()})
             answer = await end.receive()
             if "refused" in answer.header:
                 raise WireError(str(answer.header["refused"]))
@@ -100,16 +100,17 @@ class MembersServer:
     """Takes the connections of other nodes' keepers."""
 
     def __init__(
-        self, tcp: socket.socket, *, key: bytes, coordinator: Callable[[KeeperConfig], Coordinator]
+        self, tcp: socket.socket, *, key: bytes, coordinator: Callable[[str, KeeperConfig], Coordinator]
     ) -> None:
-        """``coordinator`` gives the one for a member with that configuration, or raises why there is none."""
+        """``coordinator`` gives the one for a member by job and configuration, or raises why there is none."""
         self._key, self._coordinator = key, coordinator
-        self._ends: set[AsyncEnd] = set()
+        self._ends: dict[AsyncEnd, str] = {}
+        """with the job"""
         self._task = asyncio.ensure_future(self._listen(tcp))
 
-    def disconnect(self) -> None:
-        """Have all members come anew."""
-        for end in self._ends:
+    def disconnect(self, job: str) -> None:
+        """Have all members of a job come anew."""
+        for end in [end for end, of in self._ends.items() if of == job]:
             end.close()
 
     async def _listen(self, tcp: socket.socket) -> None:
@@ -120,17 +121,17 @@ class MembersServer:
         with contextlib.suppress(WireError, OSError):
             _watch(writer)
             end = await AsyncEnd.shake(reader, writer, accept(self._key, purpose=PURPOSE))
-            self._ends.add(end)
             try:
                 await self._serve(end)
             finally:
-                self._ends.discard(end)
+                self._ends.pop(end, None)
                 end.close()
 
     async def _serve(self, end: AsyncEnd) -> None:
         frame = await end.receive()
         try:
-            coordinator = self._coordinator(KeeperConfig.from_json(frame.header["config"]))
+            self._ends[end] = job = str(frame.header["job"])
+            coordinator = self._coordinator(job, KeeperConfig.from_json(frame.header["config"]))
         except (DistrainError, KeyError, TypeError) as error:
             end.send({"refused": str(error)})
             return

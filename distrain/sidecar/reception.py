@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from distrain.checkpoint.arena import ArenaShape
 from distrain.checkpoint.keeper_config import KeeperConfig
 from distrain.checkpoint.record import MAX_WRITERS
-from distrain.checkpoint.untrusted import integer, table
+from distrain.checkpoint.untrusted import integer, table, text
 from distrain.core.errors import DistrainError
 from distrain.core.sidecar_connection import PURPOSE
 from distrain.core.wire import Frame, Header, WireError, accept
@@ -48,11 +48,9 @@ class Hello:
         return self.world_size, self.rank
 
     @classmethod
-    def read(cls, frame: Frame, *, job: str) -> "Hello":
+    def read(cls, frame: Frame) -> "Hello":
         """The hello in a frame that is not trusted; raises DistrainError."""
         header = frame.header
-        if header.get("job") != job:
-            raise Refusal("this is the keeper of another job", got=str(header.get("job"))[:80])
         world = integer(header.get("world_size"), "world_size", low=1, high=MAX_WRITERS)
         returns = header.get("returns") is True
         return cls(
@@ -67,6 +65,11 @@ class Hello:
             returns=returns,
             claims=read_claims(frame.payload) if returns else {},
         )
+
+
+def job_of(frame: Frame) -> str:
+    """What the newcomer saves, by name; raises DistrainError."""
+    return text(frame.header.get("job"), "job", longest=200)
 
 
 def _config(header: Header) -> KeeperConfig:
