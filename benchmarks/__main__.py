@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 def names() -> list[str]:
     """The files that end in a call of ``main`` with their own name."""
     return sorted(
-        path.stem for path in FOLDER.glob("[a-z]*.py") if f'main("{path.stem}", run)' in path.read_text()
+        path.stem for path in FOLDER.glob("[a-z]*.py") if f'main("{path.stem}", run' in path.read_text()
     )
 
 

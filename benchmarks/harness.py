@@ -138,12 +138,14 @@ class Session:
             self.console.print(table, "")
 
 
-def main(name: str, run: Callable[[Session], None], arguments: list[str] | None = None) -> None:
-    """Command line of one benchmark."""
-    options = _options(name, arguments)
+def main(
+    name: str, run: Callable[[Session], None], arguments: list[str] | None = None, *, rounds: int = 7
+) -> None:
+    """Command line of one benchmark, which takes ``rounds`` rounds unless told otherwise."""
+    options = _options(name, arguments, rounds)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     session = Session(
-        name, options.quick, options.rounds or (1 if options.quick else 7), options.resume, console
+        name, options.quick, options.rounds or (1 if options.quick else rounds), options.resume, console
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that devices and processes are cleaned up
     start = time.monotonic()
@@ -159,10 +161,12 @@ def main(name: str, run: Callable[[Session], None], arguments: list[str] | None 
         raise SystemExit("\n".join(f"error: {text}" for text in session.failed))
 
 
-def _options(name: str, arguments: list[str] | None) -> argparse.Namespace:
+def _options(name: str, arguments: list[str] | None, rounds: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds, ours only")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds of all contenders (7; quick: 1)")
+    parser.add_argument(
+        "--rounds", type=int, help=f"interleaved rounds of all contenders ({rounds}; quick: 1)"
+    )
     parser.add_argument(
         "--resume", type=Path, metavar="DIR", help="keep finished parts here and take them from here"
     )
