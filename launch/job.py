@@ -24,6 +24,12 @@ class Seat:
     """ranks by node rank"""
     master_addr: str
     master_port: int
+    job: str = ""
+    """unique name of this launch, for its keepers"""
+    job_key: str = ""
+    """the secret by which its processes know each other"""
+    coordinator: str = ""
+    """HOST:PORT of node 0's keeper; empty on one node"""
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,7 @@ that the job needs no other. With c10d nodes are numbered by arrival, and the st
 
 import errno
 import hashlib
+import secrets
 import selectors
 import socket
 import time
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distrain.core.errors import LaunchError
+from distrain.core.wire import KEY_BYTES
 
 from .job import Seat
 from .link import Link, Message
@@ -57,6 +59,8 @@ class Meeting:
     links: Mapping[int, Link]
     """on node 0: to every other node by its rank; elsewhere: to node 0"""
     store: socket.socket | None
+    members: socket.socket | None = None
+    """on node 0 of several: where its keeper will listen to those of the others"""
 
 
 def meet(options: LaunchOptions, *, listener: socket.socket | None = None) -> Meeting:
@@ -122,10 +126,11 @@ def _gather(options: LaunchOptions, listener: socket.socket) -> Meeting:
         raise
     for link in heard.keys() - joined.keys():
         link.close()
+    here = options.local_addr or options.master_addr
     if options.shared_port:
-        return _seat_all(options, own, joined, store=listener)
+        return _seat_all(options, own, joined, store=listener, members=listen(here, port=0))
     listener.close()
-    return _seat_all(options, own, joined, store=listen(options.local_addr or options.master_addr, port=0))
+    return _seat_all(options, own, joined, store=listen(here, port=0), members=listen(here, port=0))
 
 
 def _wait_for_all(
@@ -172,7 +177,12 @@ def _hear(link: Link, heard: dict[Link, Hello | None], *, own: Hello) -> None:
 
 
 def _seat_all(
-    options: LaunchOptions, own: Hello, joined: Mapping[Link, Hello], *, store: socket.socket
+    options: LaunchOptions,
+    own: Hello,
+    joined: Mapping[Link, Hello],
+    *,
+    store: socket.socket,
+    members: socket.socket,
 ) -> Meeting:
     """Number the nodes and tell each its seat."""
     links: dict[int, Link] = {}
@@ -180,18 +190,33 @@ def _seat_all(
     for arrival, (link, hello) in enumerate(joined.items(), start=1):
         rank = arrival if hello.node_rank is None else hello.node_rank
         links[rank], hellos[rank] = link, hello
-    seat = _seat(options, hellos, store=store)
+    seat = _seat(options, hellos, store=store, members=members)
     for rank, link in links.items():
         link.send({"seat": {**asdict(seat), "node_rank": rank}})
-    return Meeting(seat, links, store)
+    return Meeting(seat, links, store, members)
 
 
-def _seat(options: LaunchOptions, hellos: Mapping[int, Hello], *, store: socket.socket) -> Seat:
+def _seat(
+    options: LaunchOptions,
+    hellos: Mapping[int, Hello],
+    *,
+    store: socket.socket,
+    members: socket.socket | None = None,
+) -> Seat:
     """Node 0's seat among the nodes that said ``hellos``."""
     nodes = [hellos[rank] for rank in sorted(hellos)]
     addr = options.master_addr if options.shared_port else options.local_addr or options.master_addr
     names = tuple(node.node for node in nodes)
-    return Seat(0, names, tuple(node.nproc for node in nodes), addr, int(store.getsockname()[1]))
+    return Seat(
+        0,
+        names,
+        tuple(node.nproc for node in nodes),
+        addr,
+        int(store.getsockname()[1]),
+        job=f"{options.run_id}-{secrets.token_hex(4)}",
+        job_key=secrets.token_hex(KEY_BYTES),
+        coordinator=f"{addr}:{members.getsockname()[1]}" if members else "",
+    )
 
 
 def _join(options: LaunchOptions) -> Meeting:

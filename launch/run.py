@@ -24,6 +24,7 @@ from .options import LaunchOptions, check
 from .output import Console
 from .ranks import Ranks
 from .rendezvous import meet
+from .sidecar import keeper_at, with_keeper
 from .signals import Signals
 from .store import start_store
 from .team import Host, Team, team
@@ -76,7 +77,7 @@ def run_node(
         seat = meeting.seat
         others = team(meeting.links, nodes=seat.nodes, node_rank=seat.node_rank)
         stack.callback(others.close)
-        environ = with_threads(options, environ)
+        environ = with_keeper(with_threads(options, environ), seat)
         specs = plan_workers(options, seat, environ=environ)
         folder = stack.enter_context(_folder(options))
         out, err = Console(1), Console(2)
@@ -85,6 +86,7 @@ def run_node(
         )  # after the signals have their old meaning: a stopped reader must not hold us
         stack.callback(err.flush)
         arrived = stack.enter_context(Signals())
+        stack.enter_context(keeper_at(environ, seat, members=meeting.members, arrived=arrived))
         store = stack.enter_context(_serving(meeting.store)) if meeting.store else None
         ranks = Ranks(options, seat, folder=folder, out=out, err=err, environ=environ)
         stack.callback(ranks.close)

@@ -103,12 +103,17 @@ class Home:
     def listen(self) -> socket.socket:
         """Bind the socket in place of what an earlier owner left there; hold the lock."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with suppress(FileNotFoundError):
-            self._socket.unlink()
-        with self._short(self._socket) as path:
-            listener.bind(path)
-            os.chmod(path, 0o600)
-        listener.listen(BACKLOG)
+        fresh = self._socket.with_suffix(".new")
+        try:
+            fresh.unlink(missing_ok=True)
+            with _short(fresh) as path:
+                listener.bind(path)
+                os.chmod(path, 0o600)
+            listener.listen(BACKLOG)
+            fresh.rename(self._socket)  # whoever sees it can connect, as long as its owner lives
+        except BaseException:
+            listener.close()
+            raise
         return listener
 
     def connect(self, *, timeout_s: float) -> socket.socket:
@@ -116,7 +121,7 @@ class Home:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout_s)
-            with self._short(self._socket) as path:
+            with _short(self._socket) as path:
                 connection.connect(path)
         except BaseException:
             connection.close()
@@ -190,14 +195,15 @@ class Home:
             file.write(text)
         temporary.rename(path)
 
-    @contextmanager
-    def _short(self, path: Path) -> Iterator[str]:
-        """A name for ``path`` that fits a socket's address, however long the folder's is."""
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield f"/proc/self/fd/{fd}/{path.name}"
-        finally:
-            os.close(fd)
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name for ``path`` that fits a socket's address, however long the folder's is."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
 
 
 def runtime_folder(environ: Mapping[str, str]) -> Path:

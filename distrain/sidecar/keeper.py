@@ -82,7 +82,7 @@ class Keeper:
             reception.close()
             for circle in self._circles.values():
                 circle.close()
-            if self._options.lease_fd is None:
+            if self._options.lease_fd is None or self._lease_is_over:
                 with contextlib.suppress(OSError):
                     self._home.remove()
 
