@@ -7,8 +7,8 @@ of some extents each, in order; extents that come early wait in memory. What cou
 
 import heapq
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -81,9 +81,7 @@ class RemoteStorage:
 
     def sink(self, path: str, *, nbytes: int) -> "RemoteSink":
         """Begin to upload an object; its size need not be known."""
-        return RemoteSink(
-            f"{self.name}/{path}", lambda: self._store.open(self._at(path), "wb", block_size=PART_BYTES)
-        )
+        return RemoteSink(self._store, self._at(path), what=f"{self.name}/{path}")
 
     def source(self, path: str) -> "RemoteSource":
         """Open an object for reading."""
@@ -115,13 +113,14 @@ class RemoteStorage:
 class RemoteSink:
     """An upload: bytes go out in order, those that come early wait."""
 
-    def __init__(self, what: str, begin: Callable[[], Any]) -> None:
-        self._what = what
+    def __init__(self, store: Any, path: str, *, what: str) -> None:
+        self._store, self._path, self._what = store, path, what
+        self._is_finished = False
         self._lock = threading.Lock()
         self._early: list[tuple[int, bytes]] = []
         self._end = 0
         with _errors(f"write {what}"):
-            self._file = begin()
+            self._file = store.open(path, "wb", block_size=PART_BYTES)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Send ``data`` if it is its turn; a gap before it, that nobody will fill, is closed by ``finish``."""
@@ -144,6 +143,7 @@ class RemoteSink:
                 self._send(data)
             self._fill(nbytes)
             self._file.close()
+        self._is_finished = True
 
     def _fill(self, offset: int) -> None:
         """Zeros up to ``offset``: what was left out is a hole."""
@@ -160,14 +160,15 @@ class RemoteSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file.closed:
-            return
-        discard = getattr(self._file, "discard", None)
-        try:
-            if discard:
-                discard()
-        except Exception:  # the upload is lost either way, and was never visible
-            return
+        if not self._is_finished:
+            # However the store takes it, nothing is to be left: an upload that is collected would be completed.
+            for undo in (
+                getattr(self._file, "discard", None),
+                self._file.close,
+                lambda: self._store.rm(self._path),
+            ):
+                with suppress(Exception):
+                    undo() if undo else None
 
 
 class RemoteSource:
