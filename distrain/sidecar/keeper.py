@@ -146,6 +146,8 @@ class Keeper:
             circle = self._circle(job_of(frame))
             if frame.header.get("do") == "fetch":
                 return circle.fetch(str(frame.header.get("arena")))
+            if frame.header.get("do") != "hello":
+                raise Refusal("this is not how to begin", got=repr(frame.header.get("do"))[:80])
             hello = Hello.read(frame)
         except BaseException:
             if fd >= 0:
