@@ -14,9 +14,10 @@ which takes over the slots whose headers and bytes are sound (``adopt``).
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from distrain.core import shared_memory
 from distrain.core.errors import ConfigError, Problem, raise_if
@@ -31,7 +32,7 @@ _COPY_BYTES = HEADER_BYTES // 2
 _MAGIC = b"DTslot\0\1"
 _HEAD = struct.Struct("<8sQII")  # magic, number, length and crc of what follows
 MEMORY_INFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,10 +172,17 @@ def available_bytes() -> int:
     for line in MEMORY_INFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free.append(int(line.split()[1]) << 10)
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free.append(int(limit) - int((CGROUP / "memory.current").read_text()))
-    except OSError:
-        pass
+    for group in _control_groups():
+        with suppress(OSError, ValueError):  # ValueError: "max"
+            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            free.append(max(0, limit - used))
     return min(free, default=MAX_ARENA_BYTES)
+
+
+def _control_groups() -> Iterator[Path]:
+    """The folders of this process's control group and of those around it (version 2)."""
+    own = ""
+    with suppress(OSError):
+        own = next((line[3:] for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::")), "")
+    path = PurePosixPath("/", own)
+    yield from (CGROUP / str(each).lstrip("/") for each in (path, *path.parents))

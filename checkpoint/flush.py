@@ -79,11 +79,15 @@ class SlotMemory:
         start = index % self.capacity * STRIDE
         return self._memory[start : start + STRIDE]
 
+    def used(self, index: int) -> int:
+        """Bytes of the extent that the layout fills."""
+        return min(EXTENT_BYTES, self.layout.nbytes - index * EXTENT_BYTES)
+
     def sealed(self, index: int) -> memoryview:
         """The extent, complete, with zeros behind the writer's last byte and its checksum behind the data."""
         extent = self.extent(index)
         if index not in self.crcs:
-            used = self.layout.nbytes - index * EXTENT_BYTES
+            used = self.used(index)
             if used < EXTENT_BYTES:
                 extent[used:EXTENT_BYTES] = bytes(EXTENT_BYTES - used)
             self.crcs[index] = seal_extent(extent)
@@ -123,7 +127,7 @@ class Flush:
 
     def write(self, extent: int) -> None:
         """Write a complete extent."""
-        self._throttle.wait(STRIDE)
+        self._throttle.wait(self._source.used(extent))
         self._writer.write_extent(extent, self._source.sealed(extent))
 
     def finish(self) -> WriterRecord:
@@ -167,7 +171,7 @@ def promote(
         for extent in range(found.layout.num_extents):
             if not go_on():
                 return None
-            throttle.wait(STRIDE)
+            throttle.wait(EXTENT_BYTES)
             blob.read(extent, buffer)
             copy.write_extent(extent, buffer)
         record = identity.record(found.layout, copy.crcs, attempt=attempt)

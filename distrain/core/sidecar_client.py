@@ -245,19 +245,35 @@ class KeeperClient:
 
     # -- the end
 
-    def close(self, *, flush: bool, timeout_s: float = 600.0) -> None:
-        """Leave in good order, with ``flush`` once nothing is left to write; never raises for a lost keeper."""
+    def close(self, *, flush: bool, timeout_s: float = 600.0) -> bool:
+        """Leave in good order, with ``flush`` once nothing is left to write; whether that was reached.
+
+        Never raises for a lost keeper: within ``timeout_s`` it waits for another one that takes over what is in memory.
+        """
         if self._connection.closed.is_set():
-            return
+            return True
+        flushed = self._drain(time.monotonic() + timeout_s) if flush else True
         with suppress(KeeperLost, KeeperRefused):
-            if flush:
-                self._ask({"do": "drain"}, timeout_s=timeout_s)
             self._connection.ask({"do": "bye"}, timeout_s=5.0)
         self._connection.close()
         if self._populating:
             self._populating.join(MEMORY_TIMEOUT_S)
         self._memory.close()
         os.close(self._fd)
+        return flushed
+
+    def _drain(self, deadline: float) -> bool:
+        while (left_s := deadline - time.monotonic()) > 0 and not self._connection.refused:
+            try:
+                self._ask({"do": "drain"}, timeout_s=left_s)
+                return True
+            except KeeperRefused as error:
+                self.on_notice({"event": "not_flushed", "level": "error", "text": str(error)})
+                return False
+            except KeeperLost:
+                time.sleep(0.1)
+        self.on_notice({"event": "not_flushed", "level": "error", "text": "no keeper has written everything"})
+        return False
 
     # -- how it works
 

@@ -66,6 +66,7 @@ class Team:
             self.link.close()
         if self.coordinator:
             self.coordinator.close()
+        self.member.work.close()
         for lane in self.lanes:
             lane.close()
 

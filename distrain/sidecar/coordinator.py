@@ -59,7 +59,7 @@ class Coordinator:
     @property
     def busy(self) -> bool:
         """Whether anything is being agreed on."""
-        return bool(self._tasks or self._pauses or any(each.busy for each in self._agreements.values()))
+        return bool(self._tasks or any(each.busy for each in self._agreements.values()))
 
     def take(self, member: int, message: Message, payload: bytes = b"") -> None:
         """A message from a member."""

@@ -24,7 +24,7 @@ from .circle import Circle, Node
 from .coordinator import Coordinator
 from .links import MembersServer
 from .reception import Answer, Hello, Reception, job_of
-from .session import Refusal
+from .session import STRANDED_S, Refusal
 
 LOOK_S = 0.1
 """between two looks at whether it is time to end"""
@@ -97,34 +97,32 @@ class Keeper:
         self._lease_is_over = True
 
     async def _until_over(self, reception: Reception) -> None:
-        since = time.monotonic()
+        wanted_since = started = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_S)
-            if self._options.lease_fd is None:
-                is_over = bool(self._circles) and all(
-                    each.is_done or each.is_idle for each in self._circles.values()
-                )
-                is_over = is_over or (not self._circles and time.monotonic() - since > FIRST_S)
-            else:
+            now, circles = time.monotonic(), self._circles.values()
+            if self._options.lease_fd is not None:
                 is_over = self._lease_is_over
                 self._close_what_is_done()
-            if reception.busy or any(each.is_present for each in self._circles.values()):
-                since = time.monotonic()
-            elif is_over or self._is_stopping:
-                if all(self._may_end(each) for each in self._circles.values()):
-                    return
-                if time.monotonic() - since > HANG_S:
-                    return
-            elif self._circles:
-                since = time.monotonic()
+            elif circles:
+                is_over = all(each.is_done or each.is_idle for each in circles)
+            else:
+                is_over = now - started > FIRST_S
+            is_present = reception.busy or any(each.is_present for each in circles)
+            if is_present or not (is_over or self._is_stopping):
+                wanted_since = now
+            elif now - wanted_since > HANG_S or all(
+                self._may_end(each, now - wanted_since) for each in circles
+            ):
+                return
 
-    def _may_end(self, circle: Circle) -> bool:
-        """Whether neither this node's disks nor other nodes need the circle."""
+    def _may_end(self, circle: Circle, waited_s: float) -> bool:
+        """Whether neither this node's disks nor other nodes need the circle any more."""
         if circle.busy:
             return False
-        if circle.is_idle and (self._lease_is_over or self._options.lease_fd is None):
-            return True
-        return not circle.is_needed_elsewhere and (self._is_stopping or not circle.is_stranded)
+        if circle.is_stranded and not self._is_stopping and waited_s < STRANDED_S:
+            return False
+        return not circle.is_needed_elsewhere or circle.is_idle
 
     def _close_what_is_done(self) -> None:
         """A long job may save in many places one after the other: give their memory back."""

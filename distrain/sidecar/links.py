@@ -8,7 +8,7 @@ from typing import Any
 
 from distrain.checkpoint.keeper_config import KeeperConfig
 from distrain.core.errors import DistrainError
-from distrain.core.sidecar_home import Home
+from distrain.core.sidecar_home import COORDINATOR, Home
 from distrain.core.wire import WireError, accept, initiate
 from distrain.core.wire_ends import AsyncEnd
 
@@ -18,6 +18,8 @@ from .member import Member
 
 PURPOSE = "keeper member"
 BACKOFF_S = (0.05, 2.0)
+TELL_S = 5.0
+"""a coordinator that has not been found by then is missed aloud"""
 SILENCE_S = 20
 """after which a node that vanished without closing its connections counts as lost"""
 
@@ -59,23 +61,27 @@ class RemoteLink:
             self._end.close()
 
     async def _keep_up(self) -> None:
-        pause = BACKOFF_S[0]
+        clock = asyncio.get_running_loop().time
+        pause, since, has_told = BACKOFF_S[0], clock(), False
         while True:
-            reason = "nobody has said where it is"
-            if address := self._home.coordinator():
-                try:
-                    await self._work(address)
-                    pause = BACKOFF_S[0]
-                    reason = "it closed the connection"
-                except (OSError, WireError) as error:
-                    reason = str(error)
+            try:
+                await self._work()
+                reason = "it closed the connection"
+            except (OSError, ValueError, WireError) as error:
+                reason = str(error)
             if self._member.is_linked:
+                pause, since, has_told = BACKOFF_S[0], clock(), True
                 self._member.unlink(reason)
-                pause = BACKOFF_S[0]
+            elif not has_told and clock() - since > TELL_S:
+                has_told = True
+                self._member.unlink(reason)
             await asyncio.sleep(pause)
             pause = min(2 * pause, BACKOFF_S[1])
 
-    async def _work(self, address: str) -> None:
+    async def _work(self) -> None:
+        """Connect, and do what the coordinator says until the connection breaks."""
+        if not (address := self._home.coordinator()):
+            raise WireError(f"nobody has said where it is; `distrain launch` does, or set {COORDINATOR}")
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         _watch(writer)

@@ -67,8 +67,9 @@ class Places:
         return Answer(Frame({"nbytes": slots.arena.shape.nbytes}), fd=shared_memory.read_only(slots.arena.fd))
 
     def close(self) -> None:
-        """Stop allocating."""
+        """Stop allocating, and let the threads end."""
         self._is_closed = True
+        self._pool.shutdown(wait=False)
 
     async def _adopt(self, slots: RankSlots, claims: dict[int, Claim]) -> None:
         """Take over what the memory holds, oldest first."""

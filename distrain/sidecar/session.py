@@ -23,6 +23,8 @@ from .slots import RankSlots, Snapshot, State
 
 REMEMBERED_LAYOUTS = 4
 LONGEST_WAIT_S = 86400.0
+STRANDED_S = 20.0
+"""how long to wait for a coordinator to come back that would have something written"""
 
 
 class Refusal(DistrainError):
@@ -275,9 +277,12 @@ class Session:
 
     async def _do_drain(self, frame: Frame) -> Header:
         deadline = _deadline(frame.header)
-        while self._member.is_linked and self._member.busy:
-            if not await _changes(self._member.changed, deadline):
-                raise Refusal("not everything is written in time")
+        patience = min(deadline, asyncio.get_running_loop().time() + STRANDED_S)
+        while self._member.busy or self._member.is_stranded:
+            is_alone = self._member.is_stranded and not self._member.busy
+            if not await _changes(self._member.changed, patience if is_alone else deadline):
+                why = "there is no coordinator" if is_alone else ""
+                raise Refusal("not everything is written in time", got=why)
         return {}
 
     def _do_bye(self, _: Frame) -> None:

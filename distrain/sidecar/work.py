@@ -104,6 +104,10 @@ class Work:
             job.stopped = job.stopped or not job.prepared
         self._jobs.clear()
 
+    def close(self) -> None:
+        """Let the thread end."""
+        self._sums.shutdown(wait=False)
+
     def header(self, slots: RankSlots, snapshot: Snapshot, *, sums: int | None) -> SlotHeader:
         """What the header of a sealed snapshot says."""
         return SlotHeader(

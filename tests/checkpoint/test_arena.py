@@ -127,11 +127,16 @@ def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest
     info.write_text("MemTotal: 99999999 kB\nMemAvailable:   1000 kB\n")
     monkeypatch.setattr(arena_module, "MEMORY_INFO", info)
     monkeypatch.setattr(arena_module, "CGROUP", tmp_path)
+    monkeypatch.setattr(arena_module, "OWN_GROUP", tmp_path / "own")
     assert available_bytes() == 1000 << 10
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes() == 1000 << 10
-    (tmp_path / "memory.max").write_text("500000\n")
-    (tmp_path / "memory.current").write_text("100000\n")
+    (tmp_path / "own").write_text("0::/slurm/job\n")
+    job = tmp_path / "slurm" / "job"
+    job.mkdir(parents=True)
+    for group, limit in ((tmp_path, "max"), (tmp_path / "slurm", "700000"), (job, "500000")):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("100000\n")
     assert available_bytes() == 400000
+    (tmp_path / "slurm" / "memory.current").write_text("600000\n")
+    assert available_bytes() == 100000
     with pytest.raises(ConfigError, match="not enough memory"):
         Arena.create(SHAPE)

@@ -133,7 +133,7 @@ def test_signals_to_everybody_do_not_end_a_keeper_that_is_needed(
 def test_a_killed_keeper_is_replaced_and_takes_over_what_is_in_memory(
     keepers: Keepers, tmp_path: Path
 ) -> None:
-    tier = local(tmp_path, bytes_per_s=100e6)
+    tier = local(tmp_path, bytes_per_s=6e6)
     ranks = [keepers.rank(config_of(tier), rank=rank, world_size=2) for rank in range(2)]
     for each in ranks:
         each.save(1)
@@ -193,7 +193,7 @@ def test_memory_that_was_changed_after_its_keeper_died_is_not_taken_over(keepers
 
 
 def test_trainer_and_keeper_killed_together_leave_what_is_on_disk(keepers: Keepers, tmp_path: Path) -> None:
-    tier = local(tmp_path, bytes_per_s=8e6)
+    tier = local(tmp_path, bytes_per_s=5e5)
     trainer = keepers.trainer(config_of(tier))
     trainer.do("save", 1)
     trainer.do("client.wait", 1, level="committed", timeout_s=30)
@@ -212,7 +212,7 @@ def test_trainer_and_keeper_killed_together_leave_what_is_on_disk(keepers: Keepe
 def test_a_keeper_without_trainers_writes_what_it_has_and_ends_after_a_while(
     keepers: Keepers, tmp_path: Path
 ) -> None:
-    tier = local(tmp_path, bytes_per_s=30e6)
+    tier = local(tmp_path, bytes_per_s=2e6)
     trainer = keepers.trainer(config_of(tier, idle_limit_s=0.5))
     trainer.do("save", 1)
     trainer.kill()

@@ -94,7 +94,7 @@ def test_disks_of_nodes_get_their_part_and_the_shared_tier_gets_all_of_it(
 
 
 def test_a_killed_member_costs_at_most_the_attempt(keepers: Keepers, tmp_path: Path) -> None:
-    tier = local(tmp_path, bytes_per_s=16e6)
+    tier = local(tmp_path, bytes_per_s=1e6)
     ranks = two_nodes(keepers, config_of(tier, num_attempts=5))
     for each in ranks:
         each.save(1)
@@ -170,6 +170,7 @@ def test_without_a_coordinator_training_is_not_held_up(keepers: Keepers, tmp_pat
     assert rank.save(1) and rank.save(2)
     assert not rank.save(3)  # no slot can be given up: nobody says that a newer step is complete
     assert any("no coordinator" in str(notice["text"]) for notice in rank.notices)
+    until(lambda: "coordinator_lost" in rank.events(), "it is missed aloud")
     first = keepers.rank(config, rank=0, world_size=2, node_rank=0, num_nodes=2)
     until(lambda: is_linked(rank), "the coordinator")
     assert first.save(2)

@@ -189,7 +189,7 @@ def test_an_invalidated_snapshot_is_lost_for_all_and_the_next_works(keepers: Kee
 def test_back_pressure_on_a_slow_disk_is_what_the_policy_says(
     keepers: Keepers, tmp_path: Path, policy: str
 ) -> None:
-    tier = local(tmp_path, bytes_per_s=8e6)  # two seconds a step
+    tier = local(tmp_path, bytes_per_s=5e5)  # two seconds a step
     rank = keepers.rank(config_of(tier))
     taken = [step for step in (1, 2, 3) if rank.save(step, policy=policy)]
     for step in taken:
@@ -244,7 +244,7 @@ def test_a_state_larger_than_its_slot_is_skipped_where_no_tier_is_due(keepers: K
 
 
 def test_closing_with_flush_waits_for_the_disk_and_ends_the_keeper(keepers: Keepers, tmp_path: Path) -> None:
-    tier = local(tmp_path, bytes_per_s=30e6)
+    tier = local(tmp_path, bytes_per_s=2e6)
     rank = keepers.rank(config_of(tier))
     rank.save(1)
     rank.client.close(flush=True)
@@ -255,7 +255,7 @@ def test_closing_with_flush_waits_for_the_disk_and_ends_the_keeper(keepers: Keep
 
 
 def test_a_keeper_that_should_end_writes_what_it_has_first(keepers: Keepers, tmp_path: Path) -> None:
-    tier = local(tmp_path, bytes_per_s=30e6)
+    tier = local(tmp_path, bytes_per_s=2e6)
     rank = keepers.rank(config_of(tier))
     rank.save(1)
     rank.client.close(flush=False)
