@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from distrain.core.clock import Clock, MonotonicClock
 
 from .blob import BlobReader, BlobWriter, seal_extent
@@ -89,7 +91,7 @@ class SlotMemory:
         if index not in self.crcs:
             used = self.used(index)
             if used < EXTENT_BYTES:
-                extent[used:EXTENT_BYTES] = bytes(EXTENT_BYTES - used)
+                np.frombuffer(extent, np.uint8)[used:EXTENT_BYTES] = 0
             self.crcs[index] = seal_extent(extent)
         return extent
 

@@ -23,54 +23,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, Any]
-MEMORY = -1
-"""the source of what is written from memory"""
+from .terms import (
+    MEMORY,
+    Commit,
+    Message,
+    Output,
+    Retry,
+    Rules,
+    Tell,
+    begin_message,
+    committed_message,
+    due_message,
+)
+
 REMEMBERED_STEPS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send ``message`` to one member, or to all."""
-
-    member: int | None
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """All writers have prepared: make it a checkpoint, then say ``committed`` or ``refused``."""
-
-    tier: int
-    step: int
-    attempt: str
-    digests: Mapping[int, str]
-    """of the writers' records"""
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """Say ``retry`` after a while."""
-
-    tier: int
-    step: int
-    after_s: float
-
-
-Output = Tell | Commit | Retry
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """What is to be agreed on."""
-
-    world_size: int
-    every: Sequence[int]
-    """steps between two checkpoints, by tier"""
-    num_attempts: int
-    backoff_s: float
-    rejoin_s: float = 30.0
-    """how long a lost keeper's ranks may take to come back with another one"""
 
 
 @dataclass(slots=True)
@@ -100,6 +66,11 @@ class _Step:
     """by tier"""
     committed: dict[int, str] = field(default_factory=dict)
     """folder by tier"""
+
+    @property
+    def tiers(self) -> set[int]:
+        """Where the step is, or is to be."""
+        return {*self.waiting, *self.attempts, *self.committed}
 
 
 class Agreement:
@@ -182,7 +153,7 @@ class Agreement:
 
     def committed(self, commit: Commit, folder: str) -> list[Output]:
         """The commit is done."""
-        self._out.append(Tell(None, _committed_message(commit.step, commit.tier, folder)))
+        self._out.append(Tell(None, committed_message(commit.step, commit.tier, folder)))
         if found := self._found(commit):
             del found.attempts[commit.tier]
             found.committed[commit.tier] = folder
@@ -207,9 +178,12 @@ class Agreement:
         if member not in self._members:
             decided = [(number, step) for number, step in self._steps.items() if step.is_decided]
             self._out += [
-                Tell(member, _due_message(number, step, is_first=False)) for number, step in decided
+                Tell(member, due_message(number, step.tiers, is_first=False)) for number, step in decided
             ]
-            self._out += [Tell(member, _begin_message(n, tier, each)) for n, tier, each in self._active()]
+            self._out += [
+                Tell(member, begin_message(n, tier, attempt=each.name, source=each.source))
+                for n, tier, each in self._active()
+            ]
         self._members.setdefault(member, set()).add(rank)
         self._present.add(rank)
         for number, order in message["holds"]:
@@ -217,7 +191,7 @@ class Agreement:
             step.opened[rank] = order
             step.sealed[rank] = member
             for tier, folder in step.committed.items():
-                self._out.append(Tell(member, _committed_message(number, tier, folder)))
+                self._out.append(Tell(member, committed_message(number, tier, folder)))
             if self._is_complete(step):
                 self._protect(number)
                 if not step.is_decided:  # whether it was on disk, nobody knows any more
@@ -312,14 +286,14 @@ class Agreement:
     def _decide(self, number: int) -> None:
         """Choose the tiers of a step, and begin with the first."""
         step = self._steps[number]
-        have = {*step.waiting, *step.attempts, *step.committed}
+        have = step.tiers
         for tier, every in enumerate(self._rules.every):
             last = self._last.get(tier)
             if tier not in have and (step.durable or last is None or not last < number < last + every):
                 step.waiting.append(tier)
                 self._last[tier] = number
         step.waiting.sort()
-        self._out.append(Tell(None, _due_message(number, step, is_first=not step.is_decided)))
+        self._out.append(Tell(None, due_message(number, step.tiers, is_first=not step.is_decided)))
         step.is_decided = True
         if not step.attempts:
             self._next_tier(number, source=max(step.committed, default=MEMORY))
@@ -341,7 +315,7 @@ class Agreement:
     def _begin(self, number: int, tier: int, source: int, *, tries: int) -> None:
         attempt = _Attempt(self._new_name(), source, tries + 1)
         self._steps[number].attempts[tier] = attempt
-        self._out.append(Tell(None, _begin_message(number, tier, attempt)))
+        self._out.append(Tell(None, begin_message(number, tier, attempt=attempt.name, source=source)))
 
     def _fail(
         self, number: int, tier: int, reason: str, *, final: bool = False, after_s: float | None = None
@@ -410,19 +384,6 @@ class Agreement:
     def _flush(self) -> list[Output]:
         out, self._out = self._out, []
         return out
-
-
-def _due_message(number: int, step: _Step, *, is_first: bool) -> Message:
-    tiers = sorted({*step.waiting, *step.attempts, *step.committed})
-    return {"do": "due", "step": number, "tiers": tiers, "is_first": is_first}
-
-
-def _begin_message(number: int, tier: int, attempt: _Attempt) -> Message:
-    return {"do": "begin", "step": number, "tier": tier, "attempt": attempt.name, "source": attempt.source}
-
-
-def _committed_message(number: int, tier: int, folder: str) -> Message:
-    return {"do": "committed", "step": number, "tier": tier, "folder": folder}
 
 
 def _shown(ranks: Iterable[int]) -> str:

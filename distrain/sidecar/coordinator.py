@@ -16,8 +16,9 @@ from distrain.checkpoint.keeper_config import KeeperConfig
 from distrain.checkpoint.storage import Storage
 from distrain.checkpoint.untrusted import Json
 
-from .agreement import Agreement, Commit, Message, Output, Retry, Rules, Tell
+from .agreement import Agreement
 from .lanes import Lane
+from .terms import Commit, Message, Output, Retry, Rules, Tell
 from .work import Say, one_line
 
 Send = Callable[[Message, bytes], None]
@@ -36,6 +37,8 @@ class Coordinator:
         self._records: dict[tuple[int, int, str], dict[int, bytes]] = {}
         """of writers that have prepared on their nodes' disks, by tier, step and attempt"""
         self._published: dict[tuple[int, int, str], dict[int, Message]] = {}
+        """what members say of their own commits"""
+        self._replies = asyncio.Event()
 
     def attach(self, send: Send) -> int:
         """A member has come; its number."""
@@ -50,6 +53,7 @@ class Coordinator:
                 self._carry_out(world, agreement.gone_member(member))
             for published in self._published.values():
                 published.pop(member, None)
+            self._reply()
 
     @property
     def num_members(self) -> int:
@@ -68,6 +72,7 @@ class Coordinator:
             key = message["tier"], message["step"], message["attempt"]
             if key in self._published:
                 self._published[key][member] = message
+                self._reply()
             return
         if payload:
             key = message["tier"], message["step"], message["attempt"]
@@ -150,7 +155,7 @@ class Coordinator:
             self._send(None, {"world": world, **message}, payload)
             members = set(self._members)
             while not members & self._members.keys() <= published.keys():
-                await asyncio.sleep(0.01)
+                await self._replies.wait()
         finally:
             del self._published[key]
         if not published:
@@ -159,6 +164,10 @@ class Coordinator:
             if reply["reason"]:
                 raise DamageError(reply["reason"])
         return str(next(iter(published.values()))["folder"])
+
+    def _reply(self) -> None:
+        self._replies.set()
+        self._replies = asyncio.Event()
 
     async def _collect(self, lane: Lane) -> None:
         """Apply retention to a storage that all nodes share."""

@@ -103,7 +103,8 @@ class Keeper:
             now, circles = time.monotonic(), self._circles.values()
             if self._options.lease_fd is not None:
                 is_over = self._lease_is_over
-                self._close_what_is_done()
+                if not reception.busy:
+                    self._close_what_is_done()
             elif circles:
                 is_over = all(each.is_done or each.is_idle for each in circles)
             else:

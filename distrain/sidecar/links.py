@@ -12,9 +12,9 @@ from distrain.core.sidecar_home import COORDINATOR, Home
 from distrain.core.wire import WireError, accept, initiate
 from distrain.core.wire_ends import AsyncEnd
 
-from .agreement import Message
 from .coordinator import Coordinator
 from .member import Member
+from .terms import Message
 
 PURPOSE = "keeper member"
 BACKOFF_S = (0.05, 2.0)

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from distrain.checkpoint.commit import working_folder
 from distrain.checkpoint.untrusted import Json
 
-from .agreement import MEMORY, Message
 from .lanes import Lane
 from .shelf import Shelf
 from .slots import RankSlots, Snapshot, State
+from .terms import MEMORY, Message
 from .work import Say, Work
 
 REMEMBERED_STEPS = 256

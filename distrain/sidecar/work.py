@@ -13,10 +13,10 @@ from distrain.checkpoint.flush import Identity, lower_priority
 from distrain.checkpoint.record import WriterRecord
 from distrain.checkpoint.untrusted import Json, canonical
 
-from .agreement import Message
 from .lanes import Job, Lane
 from .slots import RankSlots, Snapshot
 from .sums import objects_digest, sums_of
+from .terms import Message
 
 Say = Callable[..., None]
 """``say(level, event, text, **attributes)``"""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrain.sidecar.agreement import MEMORY, Agreement, Commit, Output, Retry, Rules, Tell
+from distrain.sidecar.agreement import Agreement
+from distrain.sidecar.terms import MEMORY, Commit, Output, Retry, Rules, Tell
 
 
 class Talk:
