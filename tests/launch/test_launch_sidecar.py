@@ -46,7 +46,7 @@ def test_ranks_find_one_keeper_a_node_and_what_they_save_is_on_disk_at_the_end(
     launch: Launch, script: Script, runtime: Path, tmp_path: Path, nodes: int
 ) -> None:
     env = {"XDG_RUNTIME_DIR": str(runtime.parent)}
-    leave = "me.client.close(flush=False)"
+    leave = "me.client.wait(1, level='protected', timeout_s=30); me.client.close(flush=False)"
     argv = ["--nproc-per-node", "2", "--emulate-nodes", str(nodes), script(f"{SAVE}\n{leave}"), str(tmp_path)]
     job = launch(*argv, env=env)
     assert job.wait() == 0, job.err
