@@ -87,7 +87,7 @@ class Member:
         if not snapshot.memory.streams:
             index = slots.snapshots.index(snapshot)
             slots.arena.label(index, self.work.header(slots, snapshot, sums=None))
-            self.work.settle(slots, snapshot)
+            self.work.settle(slots, snapshot, at_once=False)
         snapshot.notify()
         self._tell(slots, snapshot, do="sealed")
         self.notify()

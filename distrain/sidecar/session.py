@@ -305,7 +305,7 @@ class Session:
             snapshot.num_readers += 1
         self._pins.setdefault(step, []).extend(found)
         for slots, snapshot in found:
-            await self._member.work.settle(slots, snapshot)
+            await self._member.work.settle(slots, snapshot, at_once=True)
         return describe(found)
 
     def _do_unpin(self, frame: Frame) -> None:

@@ -47,8 +47,10 @@ class Snapshot:
     """extents that a slot which streams may overwrite"""
     needs: set[int] = field(default_factory=set)
     """tiers to which it is yet to be written from memory"""
+    num_flushing: int = 0
+    """flushes under way"""
     num_writing: int = 0
-    """flushes that may be reading the memory"""
+    """these and whatever else may be using the memory"""
     num_readers: int = 0
     discarded: str = ""
     """why it is no good any more"""

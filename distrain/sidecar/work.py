@@ -49,6 +49,7 @@ class Work:
         job = self._new_job(slots.world_size, slots.rank, begin)
         if job and not snapshot.discarded:
             snapshot.num_writing += 1
+            snapshot.num_flushing += 1
             self._spawn(self._write(slots, snapshot, begin, job))
 
     def promote(self, world: int, rank: int, begin: Message, *, folder: str) -> None:
@@ -62,10 +63,13 @@ class Work:
         """Commit this node's part of a checkpoint on the disks of nodes; ``payload`` has the records of all."""
         self._spawn(self._publish(world, message, payload))
 
-    def settle(self, slots: RankSlots, snapshot: Snapshot) -> "asyncio.Task[None]":
-        """Find the checksums that are missing, and note in the header that all are there."""
+    def settle(self, slots: RankSlots, snapshot: Snapshot, *, at_once: bool) -> "asyncio.Task[None]":
+        """Find the checksums that are missing, and note in the header that all are there.
+
+        Unless they are needed ``at_once``, a flush under way finds them on its way.
+        """
         snapshot.num_writing += 1
-        return self._spawn(self._settle(slots, snapshot))
+        return self._spawn(self._settle(slots, snapshot, at_once=at_once))
 
     def collect(
         self, lane: Lane, *, writers: Collection[int], pinned: Collection[int], in_flight: Collection[str]
@@ -137,6 +141,7 @@ class Work:
             await self._attempt(slots.world_size, begin, job, lane.flush(snapshot, identity, job))
         finally:
             snapshot.num_writing -= 1
+            snapshot.num_flushing -= 1
             snapshot.notify()
 
     async def _attempt(
@@ -170,10 +175,12 @@ class Work:
         except Exception as error:
             self._report(world, {**reply, "folder": "", "reason": one_line(error)}, b"")
 
-    async def _settle(self, slots: RankSlots, snapshot: Snapshot) -> None:
+    async def _settle(self, slots: RankSlots, snapshot: Snapshot, *, at_once: bool) -> None:
         memory = snapshot.memory
         loop = asyncio.get_running_loop()
         try:
+            while snapshot.num_flushing and not at_once:
+                await snapshot.changed.wait()
             for extent in range(memory.layout.num_extents):
                 if extent not in memory.crcs:
                     await loop.run_in_executor(self._sums, memory.sealed, extent)
