@@ -68,7 +68,8 @@ def families(*, quick: bool = False) -> list[Family]:
     return [
         Family(
             "data",
-            Job(shape=wide),
+            # Two sequences a rank: a CPU computes slowly for what it can exchange, and more would only time the model.
+            Job(shape=wide, global_batch=8),
             {
                 "distrain ddp": ours.ddp,
                 "torch DDP": plain_torch.ddp,
@@ -86,7 +87,7 @@ def families(*, quick: bool = False) -> list[Family]:
                 Comparison("zero1_over_torch_zero", "distrain zero1", "torch ZeroRedundancyOptimizer"),
                 Comparison("fsdp_over_deepspeed_zero3", "distrain fsdp2", "DeepSpeed ZeRO-3"),
             ],
-            steps_per_turn=3,
+            steps_per_turn=5,
         ),
         Family(
             "pipeline",
