@@ -28,7 +28,7 @@ train: install
 	$(BIN)/distrain train examples/tiny.toml
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -m alone; alone=$$?; $(BIN)/python -m pytest -n 2 -m "not alone" && exit $$alone
 
 check: install
 	$(BIN)/python scripts/check.py

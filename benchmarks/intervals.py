@@ -31,12 +31,10 @@ class Interval:
         """The median if the rounds tell on which side of ``at_least`` it lies, otherwise NaN.
 
         For overheads of a few per cent: both bounds must be on one side, and the half-width at most ``allowed``, the
-        overhead that the target allows. A wide interval around a good median is not a result, unless all of it lies
-        above 1, where there is no overhead to speak of.
+        overhead that the target allows. A wide interval around a good median is not a result.
         """
         decided = self.low >= at_least or self.high < at_least
-        narrow = self.half_width <= allowed or self.low >= 1.0
-        return self.median if decided and narrow else math.nan
+        return self.median if decided and self.half_width <= allowed else math.nan
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"

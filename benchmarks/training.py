@@ -68,8 +68,7 @@ def families(*, quick: bool = False) -> list[Family]:
     return [
         Family(
             "data",
-            # Two sequences a rank: a CPU computes slowly for what it can exchange, and more would only time the model.
-            Job(shape=wide, global_batch=8),
+            Job(shape=wide),
             {
                 "distrain ddp": ours.ddp,
                 "torch DDP": plain_torch.ddp,

@@ -50,6 +50,8 @@ class LaunchOptions:
     shown_ranks: tuple[int, ...] = ()
     """local ranks whose output reaches the console; empty: all"""
     plain_rank: int | None = None
+    holds_keeper: bool = True
+    """the keeper lives and ends with this launch; otherwise ranks of a single node start one that outlives it"""
     """the rank whose output passes through as it is"""
     prefix: bool = True
     shutdown_timeout_s: float | None = None

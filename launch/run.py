@@ -39,11 +39,14 @@ def run_job(
     plan: Path | None = None,
     plain_rank: int | None = None,
     prefix: bool = True,
+    holds_keeper: bool = True,
 ) -> int:
     """Run ``command`` on ``ranks`` ranks of this machine; the job's exit code: 0, 1, or 128 + the signal that ended it.
 
     ``env`` is added to the environment of every rank. ``plain_rank`` is the rank whose output passes unprefixed; its
-    stdout is this process's own, so it may draw on a terminal. Raises ConfigError before anything starts.
+    stdout is this process's own, so it may draw on a terminal. Without ``holds_keeper`` the ranks of a single node
+    start a keeper by themselves, in which the next launch of the same run finds what was in memory even if this one is
+    killed. Raises ConfigError before anything starts.
     """
     if emulate_nodes > 0 and ranks % emulate_nodes:
         got = f"{ranks} ranks, {emulate_nodes} nodes"
@@ -55,6 +58,7 @@ def run_job(
         plan=str(plan.resolve()) if plan else "",
         plain_rank=plain_rank,
         prefix=prefix,
+        holds_keeper=holds_keeper,
     )
     return run(options, environ={**os.environ, **(env or {})})
 
@@ -77,7 +81,10 @@ def run_node(
         seat = meeting.seat
         others = team(meeting.links, nodes=seat.nodes, node_rank=seat.node_rank)
         stack.callback(others.close)
-        environ = with_keeper(with_threads(options, environ), seat)
+        environ = with_threads(options, environ)
+        holds_keeper = options.holds_keeper or len(seat.nodes) > 1
+        if holds_keeper:
+            environ = with_keeper(environ, seat)
         specs = plan_workers(options, seat, environ=environ)
         folder = stack.enter_context(_folder(options))
         out, err = Console(1), Console(2)
@@ -86,7 +93,8 @@ def run_node(
         )  # after the signals have their old meaning: a stopped reader must not hold us
         stack.callback(err.flush)
         arrived = stack.enter_context(Signals())
-        stack.enter_context(keeper_at(environ, seat, members=meeting.members, arrived=arrived))
+        if holds_keeper:
+            stack.enter_context(keeper_at(environ, seat, members=meeting.members, arrived=arrived))
         store = stack.enter_context(_serving(meeting.store)) if meeting.store else None
         ranks = Ranks(options, seat, folder=folder, out=out, err=err, environ=environ)
         stack.callback(ranks.close)

@@ -53,4 +53,4 @@ def train(
         print(json.dumps(prepared.to_dict(), indent=1) if as_json else "\n".join(prepared.describe()))
         return 0
     worker = [sys.executable, "-m", "distrain.train", str(prepared.write())]
-    return run_job(worker, ranks=ranks, plan=prepared.plan_path, plain_rank=0)
+    return run_job(worker, ranks=ranks, plan=prepared.plan_path, plain_rank=0, holds_keeper=False)

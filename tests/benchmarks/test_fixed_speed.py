@@ -60,6 +60,7 @@ def busy() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_plan_skewed_four_to_one_takes_more_than_three_times_as_long(controller: Controller) -> None:
     ratios = []

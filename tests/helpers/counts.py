@@ -53,7 +53,8 @@ class MarkerCounts:
 
 
 def is_full_run(config: pytest.Config) -> bool:
-    """Whether everything was asked for: no paths, no selection, no stop at the first failures."""
-    options = ("keyword", "markexpr", "deselect", "lf", "maxfail", "collectonly")
+    """Whether everything was asked for: no paths, no selection but that of `make test`, no stop at first failures."""
+    options = ("keyword", "deselect", "lf", "maxfail", "collectonly")
     chosen = any(config.getoption(name, default=None) for name in options)
+    chosen |= config.getoption("markexpr", default="") not in ("", "not alone")
     return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
