@@ -247,6 +247,7 @@ class Checkpointer:
             place=lambda extent: client.place(slot, extent, timeout_s=self._timeout_s),
             report=lambda extents: client.copied(slot, extents),
             done=lambda reason: self._done(client, slot, reason),
+            streams=slot.streams,
         )
         self._running = snapshot, self._copier.submit(snapshot.run)
         if not self._lazy:

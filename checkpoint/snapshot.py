@@ -50,10 +50,12 @@ class Snapshot:
         place: Callable[[int], int],
         report: Callable[[Iterable[int]], None],
         done: Callable[[str], None],
+        streams: bool = False,
     ) -> None:
         """``slot`` is the mapped uint8 memory, in which extent i begins at ``place(i)``.
 
-        ``done`` gets the reason why the copy is no good, or "".
+        ``done`` gets the reason why the copy is no good, or "". Where the state ``streams`` through a slot that is
+        smaller, there may be no place for an extent until others are reported.
         """
         self._slot, self._place = slot, place
         self._places: dict[int, int] = {}
@@ -66,10 +68,19 @@ class Snapshot:
         self._versions = [copy.source._version for copy in self._lazy]
         self._ready = device.event()
         self._ready.record(device.current_stream())
+        # Training waits for these: writing them begins when it does not any more, unless there is no other way.
+        stream = device.current_stream()
+        complete: list[int] = []
         for copy in eager:
-            self._copy(copy)
+            complete += self._copy(copy)
+            if streams and complete:
+                self._wait(stream)
+                report(complete)
+                complete = []
         if eager:
-            device.synchronize()
+            self._wait(stream)
+        if complete:
+            report(complete)
 
     def run(self) -> None:
         """Copy the rest; called on the copying thread."""
@@ -78,8 +89,10 @@ class Snapshot:
             stream.wait_event(self._ready)
             with self._device.use(stream):
                 for copy in self._lazy:
-                    self._copy(copy)
+                    complete = self._copy(copy)
                     self._wait(stream)
+                    if complete:
+                        self._report(complete)
             changed = [c for c, v in zip(self._lazy, self._versions, strict=True) if c.source._version != v]
             self._done(f"{len(changed)} tensors changed while they were copied" if changed else "")
         except BaseException as error:
@@ -91,7 +104,8 @@ class Snapshot:
         """Wait until the last byte is copied; False if that took longer than ``timeout_s``."""
         return self._finished.wait(timeout_s)
 
-    def _copy(self, copy: Copy) -> None:
+    def _copy(self, copy: Copy) -> list[int]:
+        """Begin to copy; the extents that are complete with it."""
         data = (
             copy.source.contiguous().view(-1).view(torch.uint8)
             if copy.source.numel()
@@ -103,10 +117,7 @@ class Snapshot:
                 self._places[extent] = self._place(extent)
             at = self._places[extent] + inside
             self._slot[at : at + length].copy_(data[start : start + length], non_blocking=True)
-        complete = self._progress.add(copy.offset, data.nbytes)
-        if complete:
-            self._wait(self._device.current_stream())
-            self._report(complete)
+        return self._progress.add(copy.offset, data.nbytes)
 
     def _wait(self, stream: object) -> None:
         event = self._device.event()

@@ -234,7 +234,7 @@ class KeeperClient:
                 layout=row["layout"],
                 objects=row["objects"],
                 crcs=tuple(row["crcs"]),
-                memory=maps[row["arena"]].view[row["start"] : row["start"] + row["nbytes"]],
+                memory=maps[row["arena"]].view[row["start"] : row["start"] + row["nbytes"]].toreadonly(),
             )
             for row in writers
         )
@@ -333,9 +333,11 @@ class KeeperClient:
                     raise
 
     def _fetch(self, arena: str) -> MemoryMapping:
-        """The memory of another rank, or of an earlier one, for reading."""
+        """The memory of a rank for reading; this rank's own is mapped and populated already."""
         answer, fd = self._connection.fetch({"do": "fetch", "job": self._identity.job, "arena": arena})
         try:
+            if os.path.sameopenfile(fd, self._fd):
+                return self._memory
             return MemoryMapping(fd, nbytes=int(answer["nbytes"]), writable=False)
         finally:
             os.close(fd)

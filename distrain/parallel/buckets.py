@@ -85,6 +85,8 @@ class Buckets:
         self._dp_rank = parallel.coordinates["dp"]
         self._degrees = parallel.degrees
         self._sharded = sharded and parallel.degrees.dp > 1
+        # Gloo's all-reduce goes round a ring twice; sums exchanged directly arrive in half the time.
+        self._is_direct = parallel.degrees.dp > 1 and dist.get_backend(self._dp) == dist.Backend.GLOO
         self._micro_batches = micro_batches
         self._buckets: list[_Bucket] = []
         self._home: dict[nn.Parameter, tuple[_Bucket, Tensor]] = {}
@@ -109,14 +111,15 @@ class Buckets:
         named = sorted(named, key=lambda item: not is_decayed(item[1]))
         locals_ = [_local(param.detach()) for _, param in named]
         starts = list(accumulate((tensor.numel() for tensor in locals_), initial=0))
-        parts = self._degrees.dp if self._sharded else 1
+        parts = self._degrees.dp
         size = -(-starts[-1] // parts)
         flat = locals_[0].new_zeros(size * parts)
         for tensor, start in zip(locals_, starts, strict=False):
             flat[start : start + tensor.numel()].copy_(tensor.flatten())
         gradient = torch.zeros_like(flat)
-        scratch = flat.new_empty(scratch_elements(len(flat), self._dp) if self._sharded else 0)
+        scratch = flat.new_empty(scratch_elements(len(flat), self._dp) if self._degrees.dp > 1 else 0)
         first = size * self._dp_rank if self._sharded else 0
+        size = size if self._sharded else len(flat)
         border = starts[sum(is_decayed(param) for _, param in named)]
         ranges = ((True, first, min(border, first + size)), (False, max(border, first), first + size))
         kind = _kind(named[0][1])
@@ -173,10 +176,13 @@ class Buckets:
         if op == "W":
             self._num_w[stage] += 1
             for param in self._stages[stage]:
-                if self._counts[param] < self._num_w[stage]:
-                    self._take(param)
+                # What has been added in place already is counted at the end.
+                if last or param.grad is not self._home[param][1]:
+                    missed = self._num_w[stage] - self._counts[param]
+                    if missed:
+                        self._take(param, times=missed)
 
-    def _take(self, param: Tensor) -> None:
+    def _take(self, param: Tensor, *, times: int = 1) -> None:
         """Count the gradient that backward has just left, and see that it is in the bucket.
 
         The first of a step is copied there; autograd then adds the others to the copy by itself, unless the gradient
@@ -191,8 +197,8 @@ class Buckets:
                 summand = self._as_summand(gradient, bucket)
                 place.add_(summand) if count else place.copy_(summand)
             param.grad = None if isinstance(gradient, DTensor) else place
-        self._counts[param] = count + 1
-        bucket.missing -= 1
+        self._counts[param] = count + times
+        bucket.missing -= times
         if bucket.missing == 0:
             with torch.no_grad():
                 self._start_complete()
@@ -217,7 +223,7 @@ class Buckets:
             dist.all_reduce(bucket.gradient, group=self._tp)
         if self._degrees.dp == 1:
             return
-        if self._sharded:
+        if self._sharded or self._is_direct:
             bucket.pending = reduce_scatter(bucket.gradient, scratch=bucket.scratch, group=self._dp)
         else:
             bucket.pending = dist.all_reduce(bucket.gradient, group=self._dp, async_op=True)
@@ -233,6 +239,10 @@ class Buckets:
         ]
         if short:
             raise RuntimeError(f"no gradient in some micro-batch for {', '.join(short)}")
+        for bucket in self._buckets:
+            _wait_for([bucket])
+            if self._is_direct and not self._sharded:
+                bucket.pending = all_gather(bucket.gradient, group=self._dp)
         _wait_for(self._buckets)
         for param in self._home:
             param.grad = None

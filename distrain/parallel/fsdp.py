@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from .context import Parallel
+from .fsdp_comm import exchange_directly
 from .shards import Segment, Shard, box_of, is_decayed
 
 
@@ -23,11 +25,14 @@ def wrap(module: nn.Module, layers: Sequence[nn.Module], parallel: Parallel) -> 
     axes = ("dp_replicate", "dp_shard") if degrees.dp_shard < degrees.dp else ("dp_shard",)
     mesh = parallel.mesh[axes]
     for unit in (*layers, module):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=degrees.pp == 1)
+        # The root's backward comes first: freed after forward, its parameters would be gathered again at once.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=degrees.pp == 1 and unit is not module)
         assert isinstance(unit, FSDPModule)
         # The loss is weighted by tokens already: sums, which gloo would not take for a scaled sum.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        if dist.get_backend(parallel.groups.axis("dp_shard")) == dist.Backend.GLOO:
+            exchange_directly(unit)
 
 
 class FullySharded:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrain.core.vocabulary import ModelShape
+from distrain.parallel.deferred import Linear
 from distrain.parallel.roles import Role
 
 
@@ -70,10 +71,10 @@ class Attention(nn.Module):
         self.head_dim = shape.head_dim
         self.rotary = rotary
         kv_width = shape.num_kv_heads * shape.head_dim
-        self.wq = nn.Linear(shape.d_model, shape.d_model, bias=False)
-        self.wk = nn.Linear(shape.d_model, kv_width, bias=False)
-        self.wv = nn.Linear(shape.d_model, kv_width, bias=False)
-        self.wo = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.wq = Linear(shape.d_model, shape.d_model, bias=False)
+        self.wk = Linear(shape.d_model, kv_width, bias=False)
+        self.wv = Linear(shape.d_model, kv_width, bias=False)
+        self.wo = Linear(shape.d_model, shape.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Attend over all T tokens of each sequence: [B, T, D] -> [B, T, D]."""
@@ -99,9 +100,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.w_gate = nn.Linear(shape.d_model, shape.d_ffn, bias=False)
-        self.w_up = nn.Linear(shape.d_model, shape.d_ffn, bias=False)
-        self.w_down = nn.Linear(shape.d_ffn, shape.d_model, bias=False)
+        self.w_gate = Linear(shape.d_model, shape.d_ffn, bias=False)
+        self.w_up = Linear(shape.d_model, shape.d_ffn, bias=False)
+        self.w_down = Linear(shape.d_ffn, shape.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D], token by token."""
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(shape, rotary) for i in range(first_layer, last_layer)})
         is_last = last_layer == shape.num_layers
         self.norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps) if is_last else None
-        self.head = nn.Linear(shape.d_model, shape.vocab_size, bias=False) if is_last else None
+        self.head = Linear(shape.d_model, shape.vocab_size, bias=False) if is_last else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids [B, T] (first stage) or hidden state [B, T, D] -> hidden state, or logits [B, T, V] (last)."""

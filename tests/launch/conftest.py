@@ -79,6 +79,7 @@ Script = Callable[[str], str]
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Starts ``distrain launch`` with the given words; what still runs at the end is killed."""
     jobs: list[Job] = []
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's "ignore" would reach the job
 
     def start(*argv: str, env: Mapping[str, str] | None = None) -> Job:
         folder = tmp_path / f"job{len(jobs)}"
@@ -91,6 +92,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         if job.process.poll() is None:
             os.kill(job.process.pid, signal.SIGKILL)
             job.process.wait()
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture

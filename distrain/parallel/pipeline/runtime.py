@@ -3,10 +3,16 @@
 The same loop serves one stage without neighbours (plain gradient accumulation) and interleaved or V-shaped stages,
 because everything that differs is in the schedule. A message between two stages of the same rank (the bottom of the
 V) is handed over without being sent.
+
+A B whose stage can put its weights' gradients off sends the input's gradient first. Rank r then owes up to r of the
+others, as in ZB-H1 (Qi et al. 2024, section 2.3): gradients set out earlier on the last ranks, on which the first ones
+wait, and what is owed fills the time when no more arrive. Rank r has r activations less in flight than the first rank,
+so what it owes costs no memory beyond that rank's.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,27 +81,46 @@ class PipelineRuntime:
         links = Links(incoming, groups=self._groups, num_stages=self._last_stage + 1, device=self._device)
         local: dict[tuple[Kind, int, int], Tensor] = {}
         losses: dict[int, Tensor] = {}
+        owed: deque[tuple[Step, bool]] = deque()
         last_backward = {
             step.stage: i for i, step in enumerate(steps) if step.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
         }
         try:
             for position, step in enumerate(steps):
                 arrived = self._take(self._source(step, micro_batches), links, local)
-                with ExitStack() as around:
-                    for hook in self._hooks:
-                        last = last_backward.get(step.stage) == position
-                        around.enter_context(hook.around(step.op, step.stage, step.micro_batch, last=last))
+                defers = step.op is Op.BACKWARD and self._stages[step.stage].can_defer
+                last = last_backward.get(step.stage) == position
+                with self._around(step, last=last and not defers):
                     result = self._compute(step, arrived, micro_batches[step.micro_batch])
                 if step.op is Op.FORWARD and step.stage == self._last_stage:
                     assert result is not None
                     losses[step.micro_batch] = result
                 elif result is not None:
                     self._pass_on(step, result, links, local, micro_batches)
+                if defers:
+                    owed.append((Step(Op.BACKWARD_WEIGHT, step.stage, step.micro_batch), last))
+                    if len(owed) > self._rank:
+                        self._make_up(*owed.popleft())
+            while owed:
+                self._make_up(*owed.popleft())
             links.finish()
         finally:
             for stage in self._stages.values():
                 stage.forget()
         return [losses[i] for i in sorted(losses)]
+
+    def _make_up(self, step: Step, last: bool) -> None:
+        """The W that a B has left for later."""
+        with self._around(step, last=last):
+            self._stages[step.stage].backward_weight(step.micro_batch)
+
+    @contextmanager
+    def _around(self, step: Step, *, last: bool) -> Iterator[None]:
+        """All hooks around one step."""
+        with ExitStack() as around:
+            for hook in self._hooks:
+                around.enter_context(hook.around(step.op, step.stage, step.micro_batch, last=last))
+            yield
 
     def _source(self, step: Step, micro_batches: Sequence[MicroBatch]) -> Message | None:
         """The message that ``step`` waits for, if any."""

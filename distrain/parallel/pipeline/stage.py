@@ -6,12 +6,15 @@ waiting for, and those of the weights (W), which can fill a bubble later (zero b
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from distrain.parallel.deferred import Splitter, Tape, second_half
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,6 +25,8 @@ class _Saved:
     """what the module was given; leaf of the graph"""
     result: Tensor
     """what it returned, or the loss"""
+    tape: Tape | None = None
+    """what W needs, if the backward is split by our own means"""
     param_groups: list[dict[str, Any]] | None = None
     """after I: what W needs"""
 
@@ -36,6 +41,9 @@ class Stage:
         self.is_last = index == num_stages - 1
         self._loss_fn = loss_fn
         self._saved: dict[int, _Saved] = {}
+        self._splitter = Splitter(module)
+        self.can_defer = num_stages > 1 and bool(self._splitter)
+        """whether B leaves the weights' gradients to a later W"""
 
     def forward(self, micro_batch: int, source: Tensor, *, targets: Tensor | None) -> Tensor:
         """Run the module; the result is detached: a hidden state to send on, or the loss (scalar) on the last stage.
@@ -45,16 +53,22 @@ class Stage:
         needs_grad = torch.is_grad_enabled()
         if needs_grad and not self.is_first:
             source = source.detach().requires_grad_()
-        result: Tensor = self.module(source)
+        with self._splitter.recording() if needs_grad and self.can_defer else nullcontext() as tape:
+            result: Tensor = self.module(source)
         if self.is_last:
             assert targets is not None
             result = self._loss_fn(result, targets)
         if needs_grad:
-            self._saved[micro_batch] = _Saved(source, result)
+            self._saved[micro_batch] = _Saved(source, result, tape)
         return result.detach()
 
     def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
-        """B: accumulate the weights' gradients and return the input's (None on the first stage)."""
+        """B: accumulate the weights' gradients and return the input's (None on the first stage).
+
+        Where the stage ``can_defer``, the gradients of linear weights are left to ``backward_weight``.
+        """
+        if self.can_defer:
+            return self.backward_input(micro_batch, gradient)
         saved = self._saved.pop(micro_batch)
         torch.autograd.backward(saved.result, gradient)
         return None if self.is_first else saved.source.grad
@@ -65,8 +79,11 @@ class Stage:
         The first stage has no input to wait for: its W does everything, so ``gradient`` is only kept.
         """
         saved = self._saved[micro_batch]
+        if saved.tape is not None:
+            source = None if self.is_first else saved.source
+            return self._splitter.first_half(saved.tape, saved.result, gradient, source)
         if self.is_first:
-            self._saved[micro_batch] = _Saved(saved.source, saved.result, [{"gradient": gradient}])
+            self._saved[micro_batch] = _Saved(saved.source, saved.result, None, [{"gradient": gradient}])
             return None
         gradients = None if gradient is None else [gradient]
         _, saved.param_groups = stage_backward_input(
@@ -77,11 +94,14 @@ class Stage:
     def backward_weight(self, micro_batch: int) -> None:
         """W: accumulate the weights' gradients of a micro-batch whose I is done."""
         saved = self._saved.pop(micro_batch)
+        if saved.tape is not None:
+            return second_half(saved.tape)
         assert saved.param_groups is not None
         if self.is_first:
             torch.autograd.backward(saved.result, saved.param_groups[0]["gradient"])
         else:
             stage_backward_weight(self.module.parameters(), saved.param_groups)
+        return None
 
     def forget(self) -> None:
         """Drop the graphs of a step that was broken off."""
