@@ -25,6 +25,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from distrain.launch.environ import HEAP
 from distrain.launch.tether import tie_to_parent
 
 from .fixed_speed import FixedSpeed
@@ -106,6 +107,8 @@ def crew(
     ``make`` is a function at the top level of a module. With ``has_children`` workers may start processes of their
     own, which they have to end before the block does.
     """
+    for key, value in HEAP.items():  # what our launcher gives to ranks, here to those of all contenders
+        os.environ.setdefault(key, value)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="crew-") as path:

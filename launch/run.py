@@ -18,6 +18,7 @@ from distrain.core.errors import ConfigError, Problem, raise_if
 
 from .agent import Agent
 from .emulate import run_emulated
+from .environ import for_ranks
 from .failure import signal_name, summary
 from .job import plan_workers
 from .options import LaunchOptions, check
@@ -68,7 +69,7 @@ def run(options: LaunchOptions, *, environ: Mapping[str, str] = os.environ) -> i
     raise_if(check(options))
     sys.stdout.flush()
     if options.emulate_nodes > 1:
-        return run_emulated(options, environ=with_threads(options, environ))
+        return run_emulated(options, environ=_for_ranks(options, environ))
     return run_node(options, environ=environ)
 
 
@@ -81,7 +82,7 @@ def run_node(
         seat = meeting.seat
         others = team(meeting.links, nodes=seat.nodes, node_rank=seat.node_rank)
         stack.callback(others.close)
-        environ = with_threads(options, environ)
+        environ = _for_ranks(options, environ)
         holds_keeper = options.holds_keeper or len(seat.nodes) > 1
         if holds_keeper:
             environ = with_keeper(environ, seat)
@@ -108,12 +109,12 @@ def run_node(
     return others.code
 
 
-def with_threads(options: LaunchOptions, environ: Mapping[str, str]) -> Mapping[str, str]:
-    """``environ`` with one compute thread a rank, unless it says otherwise or the node has one rank."""
-    if options.nproc == 1 or "OMP_NUM_THREADS" in environ:
-        return environ
-    say("OMP_NUM_THREADS is not set: every rank computes with 1 thread")
-    return {**environ, "OMP_NUM_THREADS": "1"}
+def _for_ranks(options: LaunchOptions, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment of the ranks; what it decides for the user is said."""
+    found = for_ranks(environ, nproc=options.nproc)
+    if "OMP_NUM_THREADS" in found and "OMP_NUM_THREADS" not in environ:
+        say("OMP_NUM_THREADS is not set: every rank computes with 1 thread")
+    return found
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.distributed.tensor import DTensor
 
 
@@ -34,18 +34,26 @@ class Tape:
     """at the edges, once the first half has run"""
 
 
+@dataclass(slots=True)
+class _Recorder:
+    """Where the linear layers of a module find the tape to write to, if one is recording."""
+
+    tape: Tape | None = None
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` without bias, whose weight's gradient can be made later."""
 
-    tape: Tape | None = None
+    recorder: _Recorder | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         output = F.linear(input, self.weight)
-        if self.tape is not None:
-            self.tape.weights.append(self.weight)
-            self.tape.inputs.append(input.detach())
-            self.tape.edges.append(get_gradient_edge(output))
+        if self.recorder is not None and (tape := self.recorder.tape) is not None:
+            assert output.grad_fn is not None
+            tape.weights.append(self.weight)
+            tape.inputs.append(input)
+            tape.edges.append(GradientEdge(output.grad_fn, output.output_nr))
         return output
 
 
@@ -58,6 +66,9 @@ class Splitter:
             for each in module.modules()
             if isinstance(each, Linear) and each.weight.requires_grad and not isinstance(each.weight, DTensor)
         ]
+        self._recorder = _Recorder()
+        for linear in self._linears:
+            linear.recorder = self._recorder
         noted = {linear.weight for linear in self._linears}
         self._others = [param for param in module.parameters() if param.requires_grad and param not in noted]
 
@@ -68,14 +79,11 @@ class Splitter:
     @contextmanager
     def recording(self) -> Iterator[Tape]:
         """A tape of the forward pass inside."""
-        tape = Tape()
-        for linear in self._linears:
-            linear.tape = tape
+        self._recorder.tape = Tape()
         try:
-            yield tape
+            yield self._recorder.tape
         finally:
-            for linear in self._linears:
-                linear.tape = None
+            self._recorder.tape = None
 
     def first_half(
         self, tape: Tape, result: Tensor, gradient: Tensor | None, source: Tensor | None

@@ -30,6 +30,15 @@ def test_a_job_whose_ranks_all_end_well_ends_with_0(launch: Launch, script: Scri
     assert job.err.count("OMP_NUM_THREADS is not set") == 1
 
 
+def test_the_heap_of_ranks_is_kept_unless_the_user_says_how(launch: Launch, script: Script) -> None:
+    show = script("print([v for k, v in sorted(os.environ.items()) if k.startswith('MALLOC')])")
+    plain = launch("--nproc-per-node", "2", show)
+    chosen = launch("--nproc-per-node", "1", show, env={"MALLOC_TRIM_THRESHOLD_": "9"})
+    assert plain.wait() == chosen.wait() == 0
+    assert {line.rpartition("] ")[2] for line in plain.lines} == {"['33554432', '1073741824']"}
+    assert [line.rpartition("] ")[2] for line in chosen.lines] == ["['9']"]
+
+
 def test_threads_are_left_to_the_user_who_sets_them(launch: Launch, script: Script) -> None:
     job = launch(
         "--nproc-per-node", "2", script("print(os.environ['OMP_NUM_THREADS'])"), env={"OMP_NUM_THREADS": "7"}

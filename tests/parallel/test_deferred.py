@@ -19,7 +19,10 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 8] -> [..., 16]."""
-        return self.twice(torch.tanh(self.twice(self.norm(self.first(x)))))
+        hidden: Tensor = self.norm(self.first(x))
+        for _ in range(2):
+            hidden = self.twice(torch.tanh(hidden))
+        return hidden
 
 
 def in_halves(net: Net, x: Tensor, gradient: Tensor) -> Tensor | None:

@@ -42,8 +42,8 @@ class Stage:
         self._loss_fn = loss_fn
         self._saved: dict[int, _Saved] = {}
         self._splitter = Splitter(module)
-        self.can_defer = num_stages > 1 and bool(self._splitter)
-        """whether B leaves the weights' gradients to a later W"""
+        self.can_defer = not self.is_first and bool(self._splitter)
+        """whether B leaves the weights' gradients to a later W; nobody waits for the first stage's B"""
 
     def forward(self, micro_batch: int, source: Tensor, *, targets: Tensor | None) -> Tensor:
         """Run the module; the result is detached: a hidden state to send on, or the loss (scalar) on the last stage.
@@ -80,8 +80,7 @@ class Stage:
         """
         saved = self._saved[micro_batch]
         if saved.tape is not None:
-            source = None if self.is_first else saved.source
-            return self._splitter.first_half(saved.tape, saved.result, gradient, source)
+            return self._splitter.first_half(saved.tape, saved.result, gradient, saved.source)
         if self.is_first:
             self._saved[micro_batch] = _Saved(saved.source, saved.result, None, [{"gradient": gradient}])
             return None
