@@ -10,12 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cadence import Auto
     from .checkpointer import Checkpointer
+    from .handle import SaveHandle
     from .keeper_config import TierConfig
+    from .zarr_store import zarr_view
 
-_HOMES = {"Checkpointer": ".checkpointer", "TierConfig": ".keeper_config"}
+_HOMES = {
+    "Auto": ".cadence",
+    "Checkpointer": ".checkpointer",
+    "SaveHandle": ".handle",
+    "TierConfig": ".keeper_config",
+    "zarr_view": ".zarr_store",
+}
 
-__all__ = ["Checkpointer", "TierConfig"]
+__all__ = ["Auto", "Checkpointer", "SaveHandle", "TierConfig", "zarr_view"]
 
 
 def __getattr__(name: str) -> Any:

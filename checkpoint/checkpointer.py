@@ -29,12 +29,14 @@ from typing import Any, Self
 import torch
 
 from distrain.core.device import open_device
-from distrain.core.errors import ConfigError, DistrainError
+from distrain.core.errors import ConfigError, DataError, DistrainError
 from distrain.core.protocols import ShardBox
 from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused, Slot, StepStatus
 
 from .boxes import Item, State, apply_objects, collect, fenced_storages, optimizers, prepare_targets
+from .cadence import Auto, Cadence
 from .divide import divide
+from .handle import SaveHandle
 from .keeper_config import KeeperConfig, TierConfig
 from .layout import EXTENT_BYTES, STRIDE, WriterLayout, pack
 from .ranks import Ranks
@@ -68,7 +70,7 @@ class Checkpointer:
         self,
         path: str | Path,
         *,
-        every: int = 1,
+        every: int | Auto = 1,
         tiers: Sequence[TierConfig] = (),
         keep_last: int = 3,
         lazy: bool = True,
@@ -82,13 +84,14 @@ class Checkpointer:
         """
         Args:
             path: folder of the checkpoints; the only tier unless ``tiers`` says more.
-            every: steps between two snapshots.
+            every: steps between two snapshots, or ``Auto(...)``, which chooses them by what saving costs here.
             policy: what ``step`` does when no slot of memory is free: block, skip, or drop the oldest unwritten one.
             strict: failures raise instead of being logged and counted.
             slot_bytes: memory of one snapshot of this rank; 0 estimates it from what is tracked.
         """
         self._path = Path(path).resolve()
-        self._every = every
+        num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        self._cadence = Cadence(every, num_nodes=num_nodes, num_slots=num_slots)
         self._tiers = tuple(tiers) or (TierConfig(url=str(self._path), keep_last=keep_last),)
         self._lazy, self._policy, self._strict = lazy, policy, strict
         self._num_slots, self._slot_bytes, self._timeout_s = num_slots, slot_bytes, timeout_s
@@ -116,21 +119,28 @@ class Checkpointer:
 
     def step(self, step: int) -> bool:
         """Say that ``step`` steps are done; starts a snapshot if one is due, and returns whether it did."""
-        return step % self._every == 0 and self.save(step)
+        if not self._cadence.is_due(step, now=time.perf_counter()):
+            return False
+        handle = self.save(step)
+        self._cadence.saved(
+            step, stalled_s=self._counters.stall_s, flush_s=self._flush_s, agree=self._ranks.gather
+        )
+        return handle is not None
 
-    def save(self, step: int, *, durable: bool = False) -> bool:
-        """Start a snapshot of the state as it is now; False if it was skipped or failed.
+    def save(self, step: int, *, durable: bool = False) -> SaveHandle | None:
+        """Start a snapshot of the state as it is now; None if it was skipped or failed.
 
         ``durable`` writes it to every tier, due or not.
         """
         start = time.perf_counter()
         try:
-            return self._snapshot(step, durable=durable)
+            started = self._snapshot(step, durable=durable)
         except (KeeperLost, KeeperRefused) as error:
             self._fail(f"step {step} is not saved: {error}", error)
-            return False
+            return None
         finally:
             self._count(stall_s=time.perf_counter() - start)
+        return SaveHandle(step, self.fence, self.wait) if started else None
 
     def fence(self) -> None:
         """Wait until the copy that is going on, if any, has ended; from here on the state may change."""
@@ -177,6 +187,15 @@ class Checkpointer:
 
     # -- restoring
 
+    def load(self, step: int, *, strict: bool = True) -> None:
+        """Bring everything tracked to ``step``; see ``restore``.
+
+        Raises:
+            DataError: it is not there, or damaged.
+        """
+        if self._restore(strict=strict, only=step) is None:
+            raise DataError(f"step {step} cannot be loaded", got="no whole copy of it in memory or on disk")
+
     def restore(self, *, strict: bool = True) -> int:
         """Bring everything tracked to the newest step that all ranks can read; that step, or 0 if there is none.
 
@@ -185,6 +204,9 @@ class Checkpointer:
         Raises:
             ConfigError: what was saved does not fit what is tracked; lists all that does not.
         """
+        return self._restore(strict=strict, only=None) or 0
+
+    def _restore(self, *, strict: bool, only: int | None) -> int | None:
         filled: list[Item] = []
 
         def targets(source: Source) -> Sequence[Item]:
@@ -204,9 +226,10 @@ class Checkpointer:
             tiers=[PosixStorage(folder) for folder in folders if folder.is_dir()],
             ranks=self._ranks,
             strict=strict,
+            only=only,
         )
         if source is None:
-            return 0
+            return None
         objects = {
             name: decode(choose_objects(source.objects, name, rank=self._ranks.rank), name=name)
             for name in source.objects
@@ -273,6 +296,13 @@ class Checkpointer:
         parts = [_owner(owners[piece.box.fqn], piece.box).part(piece.box) for piece in layout.pieces]
         lazy = [part.tensor.untyped_storage().data_ptr() in fenced for part in parts]
         return layout, parts, sum(lazy)
+
+    def _flush_s(self) -> float:
+        """How long the slowest tier has taken for its last flush."""
+        try:
+            return max((tier["last_flush_s"] for tier in self._connected().status()["tiers"]), default=0.0)
+        except (KeeperLost, KeeperRefused):
+            return 0.0
 
     def _done(self, client: KeeperClient, slot: Slot, reason: str) -> None:
         """On the copying thread: the last byte is copied, or it went wrong."""

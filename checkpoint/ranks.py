@@ -1,10 +1,12 @@
 """What the ranks of a job tell each other about checkpoints, on a process group of its own.
 
-Only when the layout changes and when a run is restored, never while it trains. Values are JSON; nothing is pickled. A
-process without torch.distributed is a job of one rank.
+Only when the layout changes, when a run is restored, and where saves are planned, never in between. Values are JSON;
+nothing is pickled. A process without torch.distributed is a job of one rank.
 """
 
 import json
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +17,30 @@ import torch.distributed as dist
 class Ranks:
     """All ranks of the job; every method is a collective."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Sequence[int] | None = None) -> None:
+        """All ranks, or those of ``members``, of which this is one."""
         self.rank, self.world_size = 0, 1
         self._group: dist.ProcessGroup | None = None
         if dist.is_available() and dist.is_initialized():
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            members = sorted(range(dist.get_world_size()) if members is None else members)
+            self.rank, self.world_size = members.index(dist.get_rank()), len(members)
             if self.world_size > 1:
-                group = dist.new_group(backend="gloo")
+                group = dist.new_group(
+                    members, backend="gloo", use_local_synchronization=len(members) < dist.get_world_size()
+                )
                 assert isinstance(group, dist.ProcessGroup)
                 self._group = group
+
+    def of_node(self) -> "Ranks":
+        """Those on the same node as this one."""
+        here = f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}"
+        return Ranks([rank for rank, place in enumerate(self.gather(here)) if place == here])
+
+    def close(self) -> None:
+        """Leave; not a collective."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank."""

@@ -11,7 +11,7 @@ import math
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, Self, TypeAlias
 
@@ -27,7 +27,7 @@ from .load_plan import LoadPlan, Read, plan
 from .storage import Storage
 from .stored import Manifest
 
-__all__ = ["Extents", "LoadPlan", "blobs", "execute", "plan"]
+__all__ = ["Extents", "LoadPlan", "Writers", "blobs", "execute", "memory_of", "plan", "scatter"]
 
 NUM_THREADS = 3
 
@@ -67,7 +67,7 @@ def execute(
         ConfigError: memory does not fit its target (lists all).
         DataError: an extent is damaged.
     """
-    views = _views(load_plan.targets, out)
+    views = memory_of(load_plan.targets, out)
     work = _Work(load_plan.reads, open_writer)
     threads = [
         threading.Thread(target=work.run, args=(views,), name=f"load-{i}", daemon=True)
@@ -82,32 +82,62 @@ def execute(
         raise work.error
 
 
+class Writers:
+    """Writers opened when they are needed, from any thread, and closed at the end of the block at the latest."""
+
+    def __init__(self, open_writer: Open) -> None:
+        self._open_writer = open_writer
+        self._lock = threading.Lock()
+        self._open: dict[int, tuple[AbstractContextManager[Extents], Extents]] = {}
+
+    def open(self, number: int) -> Extents:
+        """The extents of a writer."""
+        with self._lock:
+            if number not in self._open:
+                opened = self._open_writer(number)
+                self._open[number] = opened, opened.__enter__()
+            return self._open[number][1]
+
+    def keep(self, numbers: Collection[int]) -> None:
+        """Close all others: of thousands, only a few are open at a time."""
+        with self._lock:
+            for number in self._open.keys() - set(numbers):
+                self._open.pop(number)[0].__exit__(None, None, None)
+
+    def close(self, number: int) -> None:
+        """Close one."""
+        self.keep(self._open.keys() - {number})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.keep(())
+
+
 class _Work:
-    """The reads that are left, shared by threads, and the writers that are open for them."""
+    """The reads that are left, shared by threads."""
 
     def __init__(self, reads: Sequence[Read], open_writer: Open) -> None:
         self.error: BaseException | None = None
         self._reads = iter(reads)
-        self._open_writer = open_writer
+        self._writers = Writers(open_writer)
         self._lock = threading.Lock()
         self._left = Counter(read.writer for read in reads)
-        self._open: dict[int, AbstractContextManager[Extents]] = {}
-        self._extents: dict[int, Extents] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._reads = iter(())  # an interrupt leaves threads behind, which end after their present read
-        for number in list(self._open):
-            self._close(number)
+        self._writers.keep(())
 
     def run(self, views: Sequence[NDArray[Any]]) -> None:
         """Take one read after another until there is none, or one has failed."""
         buffer = _buffer()
         try:
             while read := self._next():
-                _scatter(read, self._writer(read.writer).read(read.extent, buffer), views)
+                scatter(read, self._writers.open(read.writer).read(read.extent, buffer), views)
                 self._done(read.writer)
         except BaseException as error:
             with self._lock:
@@ -118,23 +148,12 @@ class _Work:
         with self._lock:
             return next(self._reads, None)
 
-    def _writer(self, number: int) -> Extents:
-        with self._lock:
-            if number not in self._open:
-                opened = self._open_writer(number)
-                self._extents[number], self._open[number] = opened.__enter__(), opened
-            return self._extents[number]
-
     def _done(self, number: int) -> None:
-        """Close a writer after its last read: of thousands, only a few are open at a time."""
+        """Close a writer after its last read."""
         with self._lock:
             self._left[number] -= 1
             if not self._left[number]:
-                self._close(number)
-
-    def _close(self, number: int) -> None:
-        del self._extents[number]
-        self._open.pop(number).__exit__(None, None, None)
+                self._writers.close(number)
 
 
 def _buffer() -> memoryview:
@@ -145,15 +164,20 @@ def _buffer() -> memoryview:
     return memoryview(memory)
 
 
-def _scatter(read: Read, data: memoryview, views: Sequence[NDArray[Any]]) -> None:
+def scatter(read: Read, data: memoryview, views: Sequence[NDArray[Any]]) -> None:
+    """Copy the blocks of a read from the data of its extent to the memory of the targets."""
     for block in read.blocks:
         target = views[block.target]
         source = np.ndarray(block.shape, target.dtype, data, block.start, block.strides)
         target[tuple(slice(a, a + n) for a, n in zip(block.offset, block.shape, strict=True))] = source
 
 
-def _views(targets: Sequence[ShardBox], out: Sequence[Memory]) -> list[NDArray[Any]]:
-    """The memory of each target as an array of the target's shape."""
+def memory_of(targets: Sequence[ShardBox], out: Sequence[Memory]) -> list[NDArray[Any]]:
+    """The memory of each target as an array of the target's shape.
+
+    Raises:
+        ConfigError: some does not fit its target (lists all).
+    """
     views = [_view(target, memory) for target, memory in zip(targets, out, strict=True)]
     raise_if(
         [

@@ -9,7 +9,7 @@ layout.
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ from .layout import EXTENT_BYTES, STRIDE, WriterLayout
 from .load_plan import plan
 from .ranks import Ranks
 from .reshard import Extents, blobs, execute
+from .share import execute_together
 from .storage import Storage
 from .stored import StoredBox, StoredTensor
 from .torch_memory import array_of
 
 log = logging.getLogger(__name__)
 
+MEMORY = "memory"
 Objects = Mapping[str, Mapping[int, Any]]
 """encoded state that is no tensor, by its name and by writer"""
 
@@ -62,7 +64,7 @@ def memory_source(step: int, writers: Sequence[PinnedWriter]) -> Source:
         name: StoredTensor(parts[0][0].dtype, parts[0][0].global_shape, tuple(stored for _, stored in parts))
         for name, parts in tensors.items()
     }
-    return Source(step, "memory", whole, objects, lambda writer: nullcontext(slots[writer]))
+    return Source(step, MEMORY, whole, objects, lambda writer: nullcontext(slots[writer]))
 
 
 def disk_sources(storage: Storage) -> Iterator[Source]:
@@ -80,8 +82,8 @@ def disk_sources(storage: Storage) -> Iterator[Source]:
         yield Source(candidate.step, candidate.folder, manifest.tensors, objects, open_writer)
 
 
-def fill(source: Source, targets: Sequence[Item], *, strict: bool) -> None:
-    """Write the state of ``source`` into the tensors of ``targets``.
+def fill(source: Source, targets: Sequence[Item], *, strict: bool, node: Ranks | None = None) -> None:
+    """Write the state of ``source`` into the tensors of ``targets``; the ranks of ``node`` do so together.
 
     Raises:
         ConfigError: it does not fit; with ``strict`` also if a target is not in it.
@@ -91,7 +93,11 @@ def fill(source: Source, targets: Sequence[Item], *, strict: bool) -> None:
     load_plan = plan(boxes, source.tensors, allow_missing=not strict)
     # Reading goes to the memory of the host; what lives elsewhere, or is a view that numpy cannot write, is copied.
     staged = [item.tensor if item.tensor.device.type == "cpu" else item.tensor.cpu() for item in targets]
-    execute(load_plan, source.open_writer, [array_of(tensor) for tensor in staged])
+    arrays = [array_of(tensor) for tensor in staged]
+    if node is None:
+        execute(load_plan, source.open_writer, arrays)
+    else:
+        execute_together(load_plan, source.open_writer, arrays, node=node)
     with torch.no_grad():
         for item, tensor in zip(targets, staged, strict=True):
             if tensor is not item.tensor:
@@ -105,22 +111,26 @@ def restore(
     tiers: Sequence[Storage],
     ranks: Ranks,
     strict: bool,
+    only: int | None = None,
 ) -> Source | None:
-    """Fill what ``targets`` makes room for from the newest step that all ranks can read; None if there is none."""
-    tried: set[tuple[int, str]] = set()
-    for source in _ladder(client, tiers, ranks, tried):
-        error = ""
-        items = targets(source)
-        if strict:
-            _refuse_extra(source, items, ranks)
-        try:
-            fill(source, items, strict=strict)
-        except (DataError, KeeperLost, KeeperRefused) as damage:
-            error = str(damage)
-        errors = [each for each in ranks.gather(error) if each]
-        if not errors:
-            return source
-        log.warning("step %d in %s cannot be restored: %s", source.step, source.where, errors[0])
+    """Fill what ``targets`` makes room for from the newest step that all ranks can read; None if there is none.
+
+    With ``only``, no other step will do.
+    """
+    with closing(ranks.of_node()) as node:
+        for source in _ladder(client, tiers, ranks, only):
+            error = ""
+            items = targets(source)
+            if strict:
+                _refuse_extra(source, items, ranks)
+            try:
+                fill(source, items, strict=strict, node=None if source.where == MEMORY else node)
+            except (DataError, KeeperLost, KeeperRefused) as damage:
+                error = str(damage)
+            errors = [each for each in ranks.gather(error) if each]
+            if not errors:
+                return source
+            log.warning("step %d in %s cannot be restored: %s", source.step, source.where, errors[0])
     return None
 
 
@@ -140,13 +150,13 @@ def _refuse_extra(source: Source, items: Sequence[Item], ranks: Ranks) -> None:
 
 
 def _ladder(
-    client: KeeperClient | None, tiers: Sequence[Storage], ranks: Ranks, tried: set[tuple[int, str]]
+    client: KeeperClient | None, tiers: Sequence[Storage], ranks: Ranks, only: int | None
 ) -> Iterator[Source]:
     """Sources that all ranks have, newest first; of one step, memory comes first."""
     in_memory = _steps_in_memory(client)
     disks = [{source.step: source for source in disk_sources(tier)} for tier in tiers]
     steps = ranks.common([*in_memory, *(step for disk in disks for step in disk)])
-    for step in steps:
+    for step in steps if only is None else [only] * (only in steps):
         places: list[Collection[int]] = [in_memory, *disks]
         for place, has in enumerate(places):
             if not ranks.all_true(step in has):

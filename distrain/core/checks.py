@@ -62,6 +62,7 @@ _RANGES: Mapping[str, _Range] = MappingProxyType(
         "train.steps": _at_least(1),
         "checkpoint.every": _at_least(0),
         "checkpoint.disk_every": _at_least(0),
+        "checkpoint.overhead": ((lambda value: 0 < value < 1), "more than 0 and less than 1"),
         "checkpoint.keep_last": _at_least(1),
         "train.eval_every": _at_least(0),
         "train.eval_sequences": _at_least(1),
@@ -139,6 +140,13 @@ def _relations(config: RunConfig) -> Iterator[Problem]:
             "optimizer.min_lr is above optimizer.lr",
             f"min_lr = {optimizer.min_lr}, lr = {optimizer.lr}",
             f"0 to {optimizer.lr}",
+        )
+    if config.checkpoint.auto and config.checkpoint.every:
+        yield Problem(
+            "checkpoint.every is not used with checkpoint.auto",
+            f"every = {config.checkpoint.every}, auto = true",
+            "one of the two",
+            "--set checkpoint.every=0",
         )
     if parallel.vpp != 1 and parallel.schedule is not Schedule.INTERLEAVED and not parallel.auto:
         yield Problem(

@@ -136,10 +136,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """``[checkpoint]``: snapshots in memory, written to disk beside training; off unless ``every`` is set."""
+    """``[checkpoint]``: snapshots in memory, written to disk beside training; with ``every`` or ``auto``."""
 
     every: int = 0
     """steps between two snapshots; 0 takes none"""
+    auto: bool = False
+    """choose the steps by what saving costs here and how often nodes fail, in place of ``every``"""
+    overhead: float = 0.02
+    """with ``auto``: the largest share of the time that training may wait for saves"""
     disk_every: int = 0
     """steps between two checkpoints on disk; 0 writes every snapshot"""
     path: str = ""
@@ -152,6 +156,11 @@ class CheckpointConfig:
     """when no memory is free for a snapshot: block, skip, or drop the oldest unwritten one"""
     strict: bool = False
     """a failed checkpoint ends the run instead of being logged"""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is saved."""
+        return self.auto or self.every > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

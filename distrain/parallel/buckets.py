@@ -65,6 +65,15 @@ class _Bucket:
     pending: Pending | None = None
 
 
+@dataclass(eq=False, slots=True)
+class _Home:
+    """Where a parameter's gradient belongs, and how many have come in this step."""
+
+    bucket: _Bucket
+    place: Tensor
+    count: int = 0
+
+
 class Buckets:
     """Data parallelism of the parameters of ``modules``; a ``shards.DataParallelism``.
 
@@ -89,8 +98,7 @@ class Buckets:
         self._is_direct = parallel.degrees.dp > 1 and dist.get_backend(self._dp) == dist.Backend.GLOO
         self._micro_batches = micro_batches
         self._buckets: list[_Bucket] = []
-        self._home: dict[nn.Parameter, tuple[_Bucket, Tensor]] = {}
-        self._counts: dict[nn.Parameter, int] = {}
+        self._home: dict[nn.Parameter, _Home] = {}
         self._next = 0
         named = [item for module in modules.values() for item in module.named_parameters()]
         total_bytes = sum(_local(param).nbytes for _, param in named)
@@ -99,7 +107,10 @@ class Buckets:
             self._buckets.append(self._flatten(group))
         for module in modules.values():
             self._adopt(module)
-        self._stages = {index: list(module.parameters()) for index, module in modules.items()}
+        self._stages = {
+            index: [(param, self._home[param]) for param in module.parameters()]
+            for index, module in modules.items()
+        }
         self._num_w = dict.fromkeys(modules, 0)
         self.shards: Sequence[Shard] = [shard for bucket in self._buckets for shard in bucket.shards]
         self._restart()
@@ -157,14 +168,15 @@ class Buckets:
                 viewing = nn.Parameter(view)
                 setattr(owner, name, viewing)
                 bucket.params[i] = viewing
-                self._home[viewing] = bucket, bucket.gradient[span].view(local.shape)
-                viewing.register_post_accumulate_grad_hook(self._take)
+                home = self._home[viewing] = _Home(bucket, bucket.gradient[span].view(local.shape))
+                viewing.register_post_accumulate_grad_hook(partial(self._take, home))
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def _restart(self) -> None:
         self._next = 0
-        self._counts = dict.fromkeys(self._home, 0)
+        for home in self._home.values():
+            home.count = 0
         self._num_w = dict.fromkeys(self._num_w, 0)
         for bucket in self._buckets:
             bucket.missing = len(bucket.params) * self._micro_batches
@@ -175,29 +187,27 @@ class Buckets:
         yield
         if op == "W":
             self._num_w[stage] += 1
-            for param in self._stages[stage]:
+            for param, home in self._stages[stage]:
                 # What has been added in place already is counted at the end.
-                if last or param.grad is not self._home[param][1]:
-                    missed = self._num_w[stage] - self._counts[param]
+                if last or param.grad is not home.place:
+                    missed = self._num_w[stage] - home.count
                     if missed:
-                        self._take(param, times=missed)
+                        self._take(home, param, times=missed)
 
-    def _take(self, param: Tensor, *, times: int = 1) -> None:
+    def _take(self, home: _Home, param: Tensor, *, times: int = 1) -> None:
         """Count the gradient that backward has just left, and see that it is in the bucket.
 
         The first of a step is copied there; autograd then adds the others to the copy by itself, unless the gradient
         is a DTensor, for which that would be slow.
         """
-        assert isinstance(param, nn.Parameter)
-        bucket, place = self._home[param]
-        gradient, count = param.grad, self._counts[param]
-        assert gradient is not None
+        bucket, place, gradient = home.bucket, home.place, param.grad
         if gradient is not place:
+            assert gradient is not None
             with torch.no_grad():
                 summand = self._as_summand(gradient, bucket)
-                place.add_(summand) if count else place.copy_(summand)
+                place.add_(summand) if home.count else place.copy_(summand)
             param.grad = None if isinstance(gradient, DTensor) else place
-        self._counts[param] = count + times
+        home.count += times
         bucket.missing -= times
         if bucket.missing == 0:
             with torch.no_grad():
@@ -235,7 +245,7 @@ class Buckets:
             for b in self._buckets
             if b.missing
             for name, p in zip(b.names, b.params, strict=True)
-            if self._counts[p] < self._micro_batches
+            if self._home[p].count < self._micro_batches
         ]
         if short:
             raise RuntimeError(f"no gradient in some micro-batch for {', '.join(short)}")

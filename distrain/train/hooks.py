@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distrain.checkpoint.cadence import Auto
 from distrain.checkpoint.checkpointer import Checkpointer
 from distrain.checkpoint.keeper_config import TierConfig
 from distrain.core.config import RunConfig
@@ -55,7 +56,7 @@ class Hook:
         """After each validation; ``loss`` in nats a token."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """After the last step; not called when the loop fails."""
+        """After the last step, also if that was asked for; not called when the loop fails."""
 
 
 class WriteEvents(Hook):
@@ -94,7 +95,7 @@ class SaveCheckpoints(Hook):
         options, folder = self._config.checkpoint, checkpoint_folder(self._config)
         self._checkpoints = Checkpointer(
             folder,
-            every=options.every,
+            every=Auto(overhead=options.overhead) if options.auto else options.every,
             tiers=(
                 TierConfig(url=str(folder), every=max(1, options.disk_every), keep_last=options.keep_last),
             ),
@@ -107,15 +108,16 @@ class SaveCheckpoints(Hook):
         self._checkpoints.restore()
 
     def on_step(self, trainer: "Trainer", report: StepReport) -> None:
-        """Start a snapshot if one is due."""
+        """Start a snapshot if one is due; the last step goes to the disk in any case."""
         assert self._checkpoints is not None
-        self._checkpoints.step(report.step)
+        if trainer.is_done:
+            self._checkpoints.save(report.step, durable=True)
+        else:
+            self._checkpoints.step(report.step)
 
     def on_end(self, trainer: "Trainer") -> None:
-        """Save the last step, and leave when everything is on disk."""
+        """Leave when everything is on disk."""
         assert self._checkpoints is not None
-        if trainer.step % self._config.checkpoint.every:
-            self._checkpoints.save(trainer.step, durable=True)
         self._checkpoints.close()
 
 
@@ -171,8 +173,9 @@ class Narrate(Hook):
         """The summary."""
         self._bar.stop()
         if self._last is not None and self._first_loss is not None:
+            done = f"stopped after step {trainer.step} as asked" if trainer.is_stopped else "done"
             self._console.print(
-                f"done: loss {self._first_loss:.3f} -> {self._last.loss:.3f} nats a token in {self._seconds:.0f} s,"
+                f"{done}: loss {self._first_loss:.3f} -> {self._last.loss:.3f} nats a token in {self._seconds:.0f} s,"
                 f" {self._num_tokens:,} tokens, {self._num_tokens / self._seconds:,.0f} tokens/s"
                 f"; events in {trainer.config.run_dir}/events.jsonl"
             )

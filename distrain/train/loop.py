@@ -5,7 +5,7 @@ same numbers; only what hooks do with them differs between ranks.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -34,11 +34,21 @@ class Trainer:
     """A model, its data and its optimizer on one rank of a job."""
 
     def __init__(
-        self, config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, hooks: Sequence[Hook] = ()
+        self,
+        config: RunConfig,
+        plan: ParallelPlan,
+        parallel: Parallel,
+        *,
+        hooks: Sequence[Hook] = (),
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``should_stop`` is asked in each step; training ends after the step in which any rank says so."""
         self.config, self.plan, self.parallel, self.hooks = config, plan, parallel, hooks
         self.shape = config.model.shape()
         self.step = 0
+        self.is_stopped = False
+        """whether somebody has asked to end before the last step"""
+        self._should_stop = should_stop
         self._peak_flops = parallel.device.spec().peak_flops * plan.world_size
         dtype, device = DTYPES[config.train.dtype], parallel.device.torch_device
         self._zero = torch.zeros((), dtype=dtype, device=device)
@@ -63,11 +73,11 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Train up to ``train.steps``, validating as often as asked and at the end."""
+        """Train up to ``train.steps`` or a request to stop, validating as often as asked and at the end."""
         self._tell("on_start")
         every = self.config.train.eval_every or self.config.train.steps
         with Prefetcher(self.train_stream, partial(self._share, self.train_stream)) as batches:
-            while self.step < self.config.train.steps:
+            while not self.is_done:
                 start = time.perf_counter()
                 batch, share = batches.next()
                 loss, norm = self.train_step(share, num_tokens=total_tokens(batch))
@@ -75,6 +85,11 @@ class Trainer:
                 if self.step % every == 0 or self.step == self.config.train.steps:
                     self._tell("on_validation", step=self.step, loss=self.validate())
         self._tell("on_end")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is no step to come."""
+        return self.is_stopped or self.step >= self.config.train.steps
 
     def train_step(self, share: Sequence[MicroBatch], *, num_tokens: int) -> tuple[float, float]:
         """One optimizer step on this rank's micro-batches; mean loss and gradient norm of the whole batch."""
@@ -87,13 +102,16 @@ class Trainer:
             losses = self.assembly.runtime.step(share)
         data.reduce()
         gradients, copies = [s.gradient for s in data.shards], [s.copies for s in data.shards]
-        loss, square = self._sum_over_ranks(losses, squared_norms(gradients, copies))
+        loss, square, stops = self._sum_over_ranks(
+            losses, squared_norms(gradients, copies), self._zero + self._should_stop()
+        )
         norm = square.sqrt()
         if optimizer.clip:
             clip_(data.shards, norm, largest=optimizer.clip)
         self.optimizer.step()
         data.updated()
         self.step += 1
+        self.is_stopped = bool(stops)
         return loss.item(), norm.item()
 
     def validate(self) -> float:
@@ -104,7 +122,7 @@ class Trainer:
             with self._precision(), loss_context(self.plan.degrees.tp):
                 self.assembly.loss.num_tokens = 1
                 losses = self.assembly.runtime.evaluate(self._share(self.validation_stream, batch))
-            loss, _ = self._sum_over_ranks(losses, self._zero)
+            (loss,) = self._sum_over_ranks(losses)
             total, num_tokens = total + loss.item(), num_tokens + total_tokens(batch)
         return total / num_tokens
 
@@ -150,12 +168,12 @@ class Trainer:
         enabled = self.config.train.dtype == "bfloat16"
         return torch.autocast(self.parallel.device.torch_device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _sum_over_ranks(self, losses: Sequence[Tensor], square: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of the batch, from wherever last stages are, and squared gradient norm, in one collective."""
+    def _sum_over_ranks(self, losses: Sequence[Tensor], *numbers: Tensor) -> tuple[Tensor, ...]:
+        """Loss of the batch, from wherever last stages are, and sums of other numbers, in one collective."""
         shares = torch.stack(list(losses)).sum() if losses else self._zero
-        totals = torch.stack([shares / self.plan.degrees.tp, square])
+        totals = torch.stack([shares / self.plan.degrees.tp, *numbers])
         dist.all_reduce(totals)
-        return totals[0], totals[1]
+        return totals.unbind()
 
     def _report(self, batch: GlobalBatch, loss: float, norm: float, seconds: float) -> StepReport:
         num_tokens = total_tokens(batch)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import distrain
+from distrain.checkpoint.cadence import Auto
 from distrain.checkpoint.checkpointer import Checkpointer
 from distrain.checkpoint.keeper_config import TierConfig
 from distrain.checkpoint.locate import locate
-from distrain.core.errors import ConfigError
+from distrain.core.errors import ConfigError, DataError
 from distrain.core.events import read_events
 from helpers.keeper_processes import kill_keepers
 
@@ -184,3 +185,34 @@ def test_three_lines_attach_a_loop(tmp_path: Path) -> None:
                 run.step(step + 1, loss=losses[-1])
     events = read_events(tmp_path / "run" / "events.jsonl")
     assert [(event.step, event.value) for event in events] == list(enumerate(losses, start=1))
+
+
+def test_a_handle_tells_how_far_a_save_is_and_any_step_can_be_loaded(tmp_path: Path) -> None:
+    loop = Loop()
+    with loop.track(Checkpointer(tmp_path / "run", device="cpu")) as checkpoints:
+        kept: dict[int, torch.Tensor] = {}
+        for step in (1, 2, 3):
+            loop.step()
+            handle = checkpoints.save(step)
+            assert handle and handle.step == step
+            kept[step] = loop.model.state_dict()["0.weight"].detach().clone()
+            handle.fence()
+            assert handle.wait("sealed").reached
+            assert handle.wait().committed
+        for step in [2, 3, 1]:
+            checkpoints.load(step)
+            assert torch.equal(loop.model.state_dict()["0.weight"], kept[step])
+        with pytest.raises(DataError, match="step 7 cannot be loaded"):
+            checkpoints.load(7)
+
+
+def test_the_automatic_interval_measures_and_then_saves_seldom(tmp_path: Path) -> None:
+    loop = Loop()
+    every = Auto(overhead=0.01, node_mtbf_h=1e6)
+    with loop.track(Checkpointer(tmp_path / "run", every=every, device="cpu")) as checkpoints:
+        saved = []
+        for step in range(1, 30):
+            loop.step()
+            if checkpoints.step(step):
+                saved.append(step)
+    assert saved == [1, 2]

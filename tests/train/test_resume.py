@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from distrain.checkpoint.locate import locate
 from distrain.core.events import read_events
 from helpers.keeper_processes import keepers_of, kill_keepers
 
@@ -120,3 +121,22 @@ def test_after_a_kill_of_every_rank_the_memory_has_the_last_step(config: Path) -
     after = losses(config)
     assert all(after[step] == whole[step] for step in whole if step in after)
     assert not list((config.parent / "run" / "checkpoints").glob(f"step-*{resumed}"))
+
+
+def test_a_job_that_is_asked_to_stop_saves_its_last_step_first(config: Path) -> None:
+    saving = ("checkpoint.every=1000", *TP_PP)
+    events = config.parent / "run" / "events.jsonl"
+    job = start(config, *saving, "train.steps=100000")
+    try:
+        assert eventually(lambda: events.exists() and len(losses(config)) >= 3, within_s=120)
+        job.send_signal(signal.SIGTERM)
+        output, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode == 128 + signal.SIGTERM, errors
+    done = max(losses(config))
+    assert f"stopped after step {done} as asked" in output
+    assert locate(config.parent / "run" / "checkpoints").manifest.step == done
+    kill_keepers(config.parent)
+    assert f"resumed after step {done}" in train(config, *saving, f"train.steps={done + 1}")

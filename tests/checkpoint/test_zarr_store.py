@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 
-from distrain.checkpoint import zarr_view as module
+from distrain.checkpoint import zarr_store as module
+from distrain.checkpoint import zarr_view
 from distrain.checkpoint.errors import DamageError
 from distrain.checkpoint.layout import DTYPES
 from distrain.checkpoint.manifest import StoredBox, StoredTensor
-from distrain.checkpoint.zarr_view import chunk_shape, node_name, zarr_view
+from distrain.checkpoint.zarr_store import chunk_shape, node_name
 from distrain.core.errors import DataError
 from distrain.core.protocols import ShardBox
 from helpers.checkpoints import Shard, whole, write_checkpoint
