@@ -105,12 +105,14 @@ class Arena:
             )
         return cls(shape, shared_memory.create(shape.nbytes))
 
-    def allocate(self, go_on: Callable[[], bool]) -> None:
-        """Give the memory its pages, while ``go_on``; raises OSError if there are none."""
-        for start in range(0, self.shape.nbytes, shared_memory.AT_ONCE):
+    def allocate(self, index: int, go_on: Callable[[], bool]) -> None:
+        """Give a slot its pages, while ``go_on``; raises OSError if there are none."""
+        first = self.start(index) if index else 0
+        end = self.start(index) + self.shape.slot_bytes
+        for start in range(first, end, shared_memory.AT_ONCE):
             if not go_on():
                 return
-            nbytes = min(shared_memory.AT_ONCE, self.shape.nbytes - start)
+            nbytes = min(shared_memory.AT_ONCE, end - start)
             os.posix_fallocate(self.fd, start, nbytes)
             self._memory.populate(start, nbytes)
 

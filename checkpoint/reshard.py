@@ -6,9 +6,7 @@ tensor ever exists a second time. Where extents lie does not matter: a file on a
 alike.
 """
 
-import contextlib
 import math
-import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -24,12 +22,12 @@ from distrain.core.protocols import ShardBox
 from .blob import BlobReader
 from .layout import DTYPES, STRIDE
 from .load_plan import LoadPlan, Read, plan
-from .storage import Storage
+from .storage import Storage, aligned_memory
 from .stored import Manifest
 
 __all__ = ["Extents", "LoadPlan", "Writers", "blobs", "execute", "memory_of", "plan", "scatter"]
 
-NUM_THREADS = 3
+NUM_THREADS = 4
 
 _UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 Memory: TypeAlias = "memoryview | NDArray[Any]"
@@ -134,7 +132,7 @@ class _Work:
 
     def run(self, views: Sequence[NDArray[Any]]) -> None:
         """Take one read after another until there is none, or one has failed."""
-        buffer = _buffer()
+        buffer = aligned_memory(STRIDE)
         try:
             while read := self._next():
                 scatter(read, self._writers.open(read.writer).read(read.extent, buffer), views)
@@ -154,14 +152,6 @@ class _Work:
             self._left[number] -= 1
             if not self._left[number]:
                 self._writers.close(number)
-
-
-def _buffer() -> memoryview:
-    """Page-aligned memory for one extent, as O_DIRECT wants it, of large pages where the kernel has them."""
-    memory = mmap.mmap(-1, STRIDE)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 def scatter(read: Read, data: memoryview, views: Sequence[NDArray[Any]]) -> None:

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
+
+_LARGE_PAGE = 2 << 20
+
 
 class Sink(Protocol):
     """A file that is being written. As a context manager it is abandoned unless it was finished."""
@@ -94,8 +98,12 @@ class Storage(Protocol):
 
 
 def aligned_memory(nbytes: int) -> memoryview:
-    """Zeroed memory that begins on a page, for O_DIRECT; in large pages where the kernel has them."""
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Zeroed memory that begins on a page, for O_DIRECT; of large pages where the kernel has them.
+
+    A disk fills large pages up to twice as fast. They are aligned, and anonymous memory that is shared has none.
+    """
+    memory = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)[:nbytes]
+    start = -int(np.frombuffer(memory, np.uint8).ctypes.data) % _LARGE_PAGE
+    return memoryview(memory)[start : start + nbytes]

@@ -57,8 +57,12 @@ class KeeperClient:
         self._held: dict[int, Held] = {}
         self._known: set[str] = set()
         """digests of layouts that the keeper has been told"""
+        self._free: int | None = None
+        """a slot that can be filled at once"""
+        self._capacity = 0
+        """extents that fit in a slot"""
         self._fd = -1
-        self._populated: Future[None] = Future()
+        self._populated: list[Future[None]] = [Future() for _ in range(identity.num_slots)]
         self._populating: threading.Thread | None = None
         self.on_notice: OnNotice = _log
         """called, on a thread of this client, with what the keeper has to say unasked: failures above all"""
@@ -84,8 +88,8 @@ class KeeperClient:
         """Reach the keeper of this node, starting one if there is none and ``start`` says so, and map its memory.
 
         ``slot_bytes`` is what ``WriterLayout.slot_bytes`` says, or any multiple of STRIDE. The memory is allocated in
-        the background: ``ready`` waits for it, and so does the first ``open``. ``job`` names what is saved, equally on
-        all ranks. The launcher's variables in ``environ`` (DISTRAIN_JOB, GROUP_RANK, GROUP_WORLD_SIZE) lead to its
+        the background: ``ready`` waits for it, and ``open`` for that of its slot. ``job`` names what is saved, equally
+        on all ranks. The launcher's variables in ``environ`` (DISTRAIN_JOB, GROUP_RANK, GROUP_WORLD_SIZE) lead to its
         keeper; without them, each ``job`` has one of its own.
 
         Raises:
@@ -126,8 +130,13 @@ class KeeperClient:
             KeeperRefused: there is not enough memory.
             KeeperLost: it is not ready in time.
         """
+        end = time.monotonic() + timeout_s
+        for index in range(len(self._populated)):
+            self._slot_ready(index, timeout_s=end - time.monotonic())
+
+    def _slot_ready(self, index: int, *, timeout_s: float = MEMORY_TIMEOUT_S) -> None:
         try:
-            self._populated.result(timeout_s)
+            self._populated[index].result(max(0.0, timeout_s))
         except TimeoutError:
             raise KeeperLost("the keeper's memory is not ready in time", got=f"{timeout_s:g} s") from None
 
@@ -149,22 +158,32 @@ class KeeperClient:
         ``timeout_s``, ``skip`` gives up, ``drop`` sacrifices the oldest snapshot that is not on disk yet. ``objects``
         is JSON by name (``safe_state``). ``durable`` writes the step to every tier, whatever their intervals.
         """
-        self.ready()
+        self._slot_ready(0)  # whether there is memory at all
         digest = layout.digest
         if digest not in self._known:
             self._connection.ask({"do": "layout"}, _dumped(layout.to_json()))
             self._known.add(digest)
         connection = self._connection.number
-        request = {"do": "open", "step": step, "digest": digest, "policy": policy, "durable": durable}
+        request = {"step": step, "digest": digest, "durable": durable}
         payload = _dumped(dict(objects))
+        free, self._free = self._free, None
+        if free is not None and layout.num_extents <= self._capacity:
+            # Known to be free since the last seal: no need to wait for an answer.
+            self._slot_ready(free)
+            self._connection.tell({"do": "fill", "slot": free, **request}, payload)
+            self._held[free] = Held(step, layout, dict(objects))
+            return Slot(free, step, self._slots[free], self._capacity, False, connection)
+        request |= {"do": "open", "policy": policy}
         answer = self._ask(request, payload, timeout_s=timeout_s)
         if answer["slot"] is None:
             return None
         index, streams = int(answer["slot"]), bool(answer["streams"])
+        self._slot_ready(index)
         self._held.pop(index, None)
         if not streams:
             self._held[index] = Held(step, layout, dict(objects))
-        return Slot(index, step, self._slots[index], int(answer["num_extents"]), streams, connection)
+        self._capacity = int(answer["num_extents"])
+        return Slot(index, step, self._slots[index], self._capacity, streams, connection)
 
     def place(self, slot: Slot, extent: int, *, timeout_s: float = 600.0) -> int:
         """Where in ``slot.memory`` extent ``extent`` begins; in a slot that streams, waits until that place is free.
@@ -186,7 +205,7 @@ class KeeperClient:
         Raises:
             KeeperRefused: some are not, or the step was given up meanwhile.
         """
-        self._connection.ask(self._of(slot, {"do": "seal"}))
+        self._free = self._connection.ask(self._of(slot, {"do": "seal"})).header["free"]
 
     def invalidate(self, slot: Slot, reason: str) -> None:
         """What is in the slot is no good; the step is given up on all ranks."""
@@ -298,6 +317,7 @@ class KeeperClient:
         if not returns:
             self._map(receive_fd(end.socket), answer)
         self._known.clear()
+        self._free = None
 
     def _map(self, fd: int, answer: Header) -> None:
         slots, slot_bytes = self._identity.num_slots, self._identity.slot_bytes
@@ -311,22 +331,26 @@ class KeeperClient:
         self._slots = tuple(self._memory.view[place : place + slot_bytes] for place in places)
 
     def _populate(self) -> None:
-        """Once the keeper has allocated the memory: map it ahead of use."""
+        """As soon as the keeper has allocated the memory of a slot: map it ahead of use."""
         try:
-            self._await_allocation()
-            nbytes = len(self._memory.view)
-            for start in range(0, nbytes, shared_memory.AT_ONCE):
-                if self._connection.closed.is_set():
-                    break
-                self._memory.populate(start, min(shared_memory.AT_ONCE, nbytes - start))
-            self._populated.set_result(None)
+            start = 0
+            for index, populated in enumerate(self._populated):
+                self._await_allocation(index)
+                end = len(self._memory.view) - (len(self._populated) - 1 - index) * self._identity.slot_bytes
+                while start < end and not self._connection.closed.is_set():
+                    nbytes = min(shared_memory.AT_ONCE, end - start)
+                    self._memory.populate(start, nbytes)
+                    start += nbytes
+                populated.set_result(None)
         except BaseException as error:
-            self._populated.set_exception(error)
+            for populated in self._populated:
+                if not populated.done():
+                    populated.set_exception(error)
 
-    def _await_allocation(self) -> None:
+    def _await_allocation(self, index: int) -> None:
         while True:
             try:
-                self._connection.ask({"do": "ready"}, timeout_s=MEMORY_TIMEOUT_S)
+                self._connection.ask({"do": "ready", "slot": index}, timeout_s=MEMORY_TIMEOUT_S)
                 return
             except KeeperLost:
                 if self._connection.refused or self._connection.closed.wait(0.1):

@@ -51,13 +51,13 @@ class Connection:
         self._thread = threading.Thread(target=self._listen, name=name, daemon=True)
         self._thread.start()
 
-    def tell(self, request: Header) -> None:
+    def tell(self, request: Header, payload: bytes = b"") -> None:
         """Send what has no answer."""
         end = self._end
         if end is None:
             raise KeeperLost("there is no keeper at the moment", got=self.refused)
         try:
-            end.send(request)
+            end.send(request, payload)
         except WireError as cause:
             raise KeeperLost("the keeper is lost", got=str(cause)) from cause
 

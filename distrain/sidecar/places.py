@@ -25,7 +25,7 @@ class Places:
     def __init__(self, shelf: Shelf, *, job: str, say: Say) -> None:
         self._shelf, self._job, self._say = shelf, job, say
         self._pool = ThreadPoolExecutor(2, "memory")
-        self._allocations: dict[str, asyncio.Future[None]] = {}
+        self._allocations: dict[str, list[asyncio.Task[None]]] = {}
         self._names = count()
         self._is_closed = False
 
@@ -48,16 +48,23 @@ class Places:
         await self._adopt(slots, hello.claims)
         return slots
 
-    def allocate(self, slots: RankSlots) -> "asyncio.Future[None]":
-        """Give the memory its pages, in the background; the result is an OSError if there are none."""
+    def allocate(self, slots: RankSlots) -> "list[asyncio.Task[None]]":
+        """Give the memory its pages, in the background; a task a slot, with an OSError if there are none for it."""
         known = self._allocations.get(slots.name)
-        if known is None or (known.done() and known.exception()):
-            known = asyncio.get_running_loop().run_in_executor(
-                self._pool, slots.arena.allocate, lambda: not self._is_closed
-            )
-            known.add_done_callback(lambda future: future.exception())  # waited for or not
-            self._allocations[slots.name] = known
+        if known is None or any(each.done() and each.exception() for each in known):
+            known = self._allocations[slots.name] = []
+            for index in range(slots.arena.shape.num_slots):
+                task = asyncio.ensure_future(self._allocate(slots, index, known[-1] if known else None))
+                task.add_done_callback(lambda task: task.exception())  # waited for or not
+                known.append(task)
         return known
+
+    async def _allocate(self, slots: RankSlots, index: int, before: "asyncio.Task[None] | None") -> None:
+        """One slot after the other: the first is needed first."""
+        if before:
+            await asyncio.shield(before)
+        run = asyncio.get_running_loop().run_in_executor
+        await run(self._pool, slots.arena.allocate, index, lambda: not self._is_closed)
 
     def fetch(self, name: str) -> Answer:
         """Memory, for reading."""

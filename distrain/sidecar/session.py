@@ -5,7 +5,7 @@ tasks of their own, and a trainer that goes away takes its waiting with it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +39,7 @@ class Session:
         slots: RankSlots,
         *,
         member: Member,
-        allocated: "asyncio.Future[None]",
+        allocated: "Sequence[asyncio.Future[None]]",
         status: Callable[[], dict[str, Any]],
     ) -> None:
         self.slots, self.said_bye = slots, False
@@ -108,9 +108,10 @@ class Session:
 
     # -- saving
 
-    async def _do_ready(self, _: Frame) -> None:
+    async def _do_ready(self, frame: Frame) -> None:
+        index = integer(frame.header.get("slot"), "slot", high=len(self._allocated) - 1)
         try:
-            await asyncio.shield(self._allocated)
+            await asyncio.shield(self._allocated[index])
         except OSError as error:
             raise Refusal("the memory for snapshots cannot be had", got=str(error)) from None
 
@@ -122,13 +123,29 @@ class Session:
         for digest in list(self._layouts)[:-REMEMBERED_LAYOUTS]:
             del self._layouts[digest]
 
-    async def _do_open(self, frame: Frame) -> Header:
-        ask = frame.header
-        step = integer(ask.get("step"), "step", high=MAX_STEP)
-        layout = self._layouts.get(text(ask.get("digest"), "digest"))
+    def _do_fill(self, frame: Frame) -> None:
+        """Open a slot of which the last ``seal`` has said that it is free."""
+        step, layout, objects = self._opening(frame)
+        index = integer(frame.header.get("slot"), "slot", high=len(self.slots.snapshots) - 1)
+        memory = SlotMemory(self.slots.arena.slot(index), layout)
+        if self.slots.snapshots[index] is not None or memory.streams:
+            raise Refusal("the slot cannot be filled without asking", got=str(index))
+        self._leave_unfinished(step)
+        snapshot = Snapshot(step, memory, objects, is_durable=frame.header.get("durable") is True)
+        self.slots.fill(index, snapshot)
+        self._member.opened(self.slots, snapshot)
+
+    def _opening(self, frame: Frame) -> tuple[int, WriterLayout, Mapping[str, Any]]:
+        """Step, layout and objects of what is to be opened."""
+        step = integer(frame.header.get("step"), "step", high=MAX_STEP)
+        layout = self._layouts.get(text(frame.header.get("digest"), "digest"))
         if layout is None:
             raise Refusal("the layout has not been told")
-        objects = table(parse(frame.payload, "the objects"), "the objects")
+        return step, layout, table(parse(frame.payload, "the objects"), "the objects")
+
+    async def _do_open(self, frame: Frame) -> Header:
+        ask = frame.header
+        step, layout, objects = self._opening(frame)
         policy = text(ask.get("policy"), "policy")
         if policy not in ("block", "skip", "drop"):
             refuse("policy", policy, "block, skip, drop")
@@ -202,7 +219,7 @@ class Session:
         snapshot.copied.update(integer(each, "extent", high=last) for each in extents)
         snapshot.notify()
 
-    def _do_seal(self, frame: Frame) -> None:
+    def _do_seal(self, frame: Frame) -> Header:
         snapshot = self._snapshot(frame)
         if reason := snapshot.discarded:
             self._member.give_up(self.slots, snapshot, reason)
@@ -211,6 +228,9 @@ class Session:
             self._member.give_up(self.slots, snapshot, f"{missing} extents were not copied")
             raise Refusal(f"step {snapshot.step} is not complete", got=f"{missing} extents were not copied")
         self._member.seal(self.slots, snapshot)
+        self.slots.sweep()
+        # Nobody else fills this rank's slots: one that is free stays so until the next step is opened.
+        return {"free": self.slots.snapshots.index(None) if None in self.slots.snapshots else None}
 
     def _do_invalidate(self, frame: Frame) -> None:
         reason = text(frame.header.get("reason"), "reason")

@@ -104,12 +104,14 @@ def test_memory_for_reading_cannot_be_written(arena: Arena) -> None:
 
 
 def test_allocated_memory_has_all_its_pages(arena: Arena) -> None:
-    arena.allocate(lambda: True)
+    for index in range(SHAPE.num_slots):
+        arena.allocate(index, lambda: True)
+        assert os.fstat(arena.fd).st_blocks * 512 >= arena.start(index) + SHAPE.slot_bytes
     assert os.fstat(arena.fd).st_blocks * 512 >= SHAPE.nbytes
 
 
 def test_allocation_stops_when_told_to(arena: Arena) -> None:
-    arena.allocate(lambda: False)
+    arena.allocate(0, lambda: False)
     assert os.fstat(arena.fd).st_blocks * 512 < SHAPE.nbytes
 
 

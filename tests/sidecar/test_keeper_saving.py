@@ -66,6 +66,21 @@ def test_many_steps_follow_each_other_and_retention_keeps_the_newest(
     assert is_saved(tier.url, 8)
 
 
+def test_only_a_free_slot_is_filled_without_asking(keepers: Keepers, tmp_path: Path) -> None:
+    tier = local(tmp_path)
+    rank = keepers.rank(config_of(tier))
+    assert rank.save(1) and rank.client.wait(1, level="committed", timeout_s=30).reached
+    rank.client._free = 0  # which is not true: it has step 1
+    slot = rank.open(2)
+    assert slot and slot.index == 0
+    with pytest.raises(KeeperRefused, match="not being filled"):
+        rank.client.seal(slot)
+    assert [each.step for each in rank.client.sealed_steps()] == [1]
+    assert rank.save(3) and rank.save(4)  # the second of them by what the first has said is free
+    assert rank.client.wait(4, level="committed", timeout_s=30).reached
+    assert is_saved(tier.url, 3) and is_saved(tier.url, 4)
+
+
 def test_all_ranks_make_one_checkpoint(keepers: Keepers, tmp_path: Path) -> None:
     tier = local(tmp_path)
     ranks = [keepers.rank(config_of(tier), rank=rank, world_size=3) for rank in range(3)]
