@@ -217,7 +217,7 @@ class Circle:
             node.disconnect_members(self._job)
         self._open_events(config)
         lanes = [
-            Lane(index, tier, node_rank=node.rank, num_threads=1 if index else 2)
+            Lane(index, tier, node_rank=node.rank, num_threads=1 if index else 3)
             for index, tier in enumerate(config.tiers)
         ]
         member = Member(job=self._job, mesh=config.mesh, lanes=lanes, shelf=self._shelf, say=self.say)
