@@ -94,7 +94,7 @@ def jobs(*, quick: bool) -> "dict[str, Job]":
     from .checkpoint_contenders.base import Job
 
     if quick:
-        return {"large": Job(4, (512, 512), 0.1)}
+        return {"large": Job(4, (512, 512), 0.1, first_save_s=0.0)}
     return {"large": Job(4, (3072, 2048), 0.2), "small": Job(500, (128, 128), 0.2)}
 
 

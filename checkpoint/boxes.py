@@ -8,8 +8,10 @@ An optimizer's state goes by the names of its parameters, not by their numbers, 
 are those under which the tracked modules know the parameters.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from distrain.core.boxes import Point
 from distrain.core.errors import ConfigError
 from distrain.core.protocols import ShardBox, ShardedState
+
+from .torch_memory import dtype_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +35,8 @@ class Item:
 
     def part(self, box: ShardBox) -> "Item":
         """The part of this item that ``box`` names; views the same memory."""
+        if box.shape == self.box.shape:
+            return self
         tensor = self.tensor
         for dim, (inner, outer, size) in enumerate(zip(box.offset, self.box.offset, box.shape, strict=True)):
             tensor = tensor.narrow(dim, inner - outer, size)
@@ -52,10 +59,12 @@ def item_of(name: str, tensor: Tensor) -> Item:
         local = tensor.to_local().detach()
         if local.numel() == 0:
             offset = tuple(min(a, n) for a, n in zip(offset, tensor.shape, strict=True))
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    shape = tuple(tensor.shape)
-    box = ShardBox(fqn=name, dtype=dtype, global_shape=shape, offset=offset, shape=tuple(local.shape))
-    return Item(box, local)
+    return Item(_box(name, tensor.dtype, tuple(tensor.shape), tuple(offset), tuple(local.shape)), local)
+
+
+@lru_cache(maxsize=1 << 17)  # the same thousands at every save, which are then compared by identity
+def _box(name: str, dtype: torch.dtype, whole: Point, offset: Point, shape: Point) -> ShardBox:
+    return ShardBox(fqn=name, dtype=dtype_name(dtype), global_shape=whole, offset=offset, shape=shape)
 
 
 def collect(tracked: Mapping[str, Any]) -> State:
@@ -125,15 +134,26 @@ def apply_objects(tracked: Mapping[str, Any], objects: Mapping[str, Any], loaded
 def prepare_targets(tracked: Mapping[str, Any], saved: Sequence[str]) -> None:
     """Make room for what will be loaded: optimizers that have not stepped yet get zeros for each saved state."""
     names = _parameter_names(tracked)
-    held = set(saved)
     for name, thing in tracked.items():
         if not isinstance(thing, torch.optim.Optimizer):
             continue
-        for param in (p for group in thing.param_groups for p in group["params"]):
-            prefix = f"{name}.state.{_name_of(param, names, name)}."
-            for key in (full.removeprefix(prefix) for full in held if full.startswith(prefix)):
-                if key not in thing.state[param]:
-                    thing.state[param][key] = torch.zeros_like(param)
+        params = {_name_of(p, names, name): p for group in thing.param_groups for p in group["params"]}
+        prefix = f"{name}.state."
+        for full in saved:
+            if not full.startswith(prefix):
+                continue
+            param, key = _owner(full.removeprefix(prefix), params)
+            if param is not None and key not in thing.state[param]:
+                thing.state[param][key] = torch.zeros_like(param)
+
+
+def _owner(name: str, params: Mapping[str, Tensor]) -> tuple[Tensor | None, str]:
+    """The parameter with whose name ``name`` begins, and the rest; both may have dots in them."""
+    end = len(name)
+    while (end := name.rfind(".", 0, end)) >= 0:
+        if name[:end] in params:
+            return params[name[:end]], name[end + 1 :]
+    return None, ""
 
 
 def _optimizers(thing: Any) -> Iterator[torch.optim.Optimizer]:
@@ -185,13 +205,27 @@ def _collect_optimizer(
             if isinstance(value, Tensor) and value.shape == param.shape and value.dim():
                 state.items.append(item_of(f"{name}.state.{owner}.{key}", value))
             else:
-                values.setdefault(owner, {})[key] = value.item() if isinstance(value, Tensor) else value
+                values.setdefault(owner, {})[key] = value
+    _take_numbers(values)
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"params": [_name_of(param, names, name) for param in group["params"]]}
         for group in thing.param_groups
     ]
     state.objects[name] = {"values": values, "param_groups": groups}
+
+
+def _take_numbers(values: dict[str, Any]) -> None:
+    """Replace tensors of one element by their numbers: those of a device all at once, since each time is a wait."""
+    found: dict[tuple[torch.device, torch.dtype], list[tuple[str, str, Tensor]]] = defaultdict(list)
+    for owner, entries in values.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                found[value.device, value.dtype].append((owner, key, value))
+    for places in found.values():
+        numbers = torch.stack([value.reshape(()) for _, _, value in places]).tolist()
+        for (owner, key, _), number in zip(places, numbers, strict=True):
+            values[owner][key] = number
 
 
 def _apply_optimizer(

@@ -35,7 +35,7 @@ from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused
 
 from .boxes import Item, State, apply_objects, collect, fenced_storages, optimizers, prepare_targets
 from .cadence import Auto, Cadence
-from .divide import divide
+from .divide import divide, owners
 from .handle import SaveHandle
 from .keeper_config import KeeperConfig, TierConfig
 from .layout import EXTENT_BYTES, STRIDE, WriterLayout, pack
@@ -99,7 +99,8 @@ class Checkpointer:
         self._tracked: dict[str, Any] = {}
         self._ranks = Ranks()
         self._client: KeeperClient | None = None
-        self._planned: tuple[list[ShardBox], WriterLayout] | None = None
+        self._planned: tuple[list[ShardBox], WriterLayout, list[int]] | None = None
+        """boxes of this rank, what it writes of them, and of which box each piece is"""
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="distrain-copy")
         self._running: tuple[Snapshot, Future[None]] | None = None
         self._fences: list[Any] = []
@@ -283,19 +284,23 @@ class Checkpointer:
         Ranks talk only when the boxes have changed since the last time.
         """
         fenced = fenced_storages(self._tracked) if self._lazy else set()
-        items = sorted(state.items, key=lambda item: item.tensor.untyped_storage().data_ptr() in fenced)
+        lazy = [item.tensor.untyped_storage().data_ptr() in fenced for item in state.items]
+        items = [
+            item
+            for flag in (False, True)
+            for item, is_lazy in zip(state.items, lazy, strict=True)
+            if is_lazy is flag
+        ]
         boxes = [item.box for item in items]
         if self._planned is None or self._planned[0] != boxes:
             every = self._ranks.gather([asdict(box) for box in boxes])
             mine = divide([[_box(fields) for fields in each] for each in every])[self._ranks.rank]
-            self._planned = boxes, pack(self._ranks.rank, mine)
-        layout = self._planned[1]
-        owners: dict[str, list[Item]] = {}
-        for item in items:
-            owners.setdefault(item.box.fqn, []).append(item)
-        parts = [_owner(owners[piece.box.fqn], piece.box).part(piece.box) for piece in layout.pieces]
-        lazy = [part.tensor.untyped_storage().data_ptr() in fenced for part in parts]
-        return layout, parts, sum(lazy)
+            layout = pack(self._ranks.rank, mine)
+            self._planned = boxes, layout, owners(boxes, [piece.box for piece in layout.pieces])
+        _, layout, sources = self._planned
+        parts = [items[i].part(piece.box) for i, piece in zip(sources, layout.pieces, strict=True)]
+        first_lazy = len(items) - sum(lazy)
+        return layout, parts, sum(i >= first_lazy for i in sources)
 
     def _flush_s(self) -> float:
         """How long the slowest tier has taken for its last flush."""
@@ -361,15 +366,6 @@ class Checkpointer:
 def _box(fields: dict[str, Any]) -> ShardBox:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
     return ShardBox(**values)
-
-
-def _owner(items: Sequence[Item], box: ShardBox) -> Item:
-    """The item of this rank in which ``box`` lies."""
-    for item in items:
-        dims = zip(box.offset, box.shape, item.box.offset, item.box.shape, strict=True)
-        if all(a >= b and a + n <= b + m for a, n, b, m in dims):
-            return item
-    raise ConfigError(f"no tensor of this rank holds a part of {box.fqn}", got=str(box))
 
 
 def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

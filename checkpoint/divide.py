@@ -46,6 +46,19 @@ def divide(boxes_by_rank: Sequence[Sequence[ShardBox]]) -> tuple[tuple[ShardBox,
     return tuple(tuple(box for _, box in sorted(mine, key=_by_place)) for mine in dealt)
 
 
+def owners(held: Sequence[ShardBox], parts: Sequence[ShardBox]) -> list[int]:
+    """In which of the boxes of a rank each part lies that it was dealt."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, box in enumerate(held):
+        places[box.fqn].append(index)
+    return [next(index for index in places[part.fqn] if _contains(held[index], part)) for part in parts]
+
+
+def _contains(box: ShardBox, part: ShardBox) -> bool:
+    dims = zip(part.offset, part.shape, box.offset, box.shape, strict=True)
+    return all(a >= b and a + n <= b + m for a, n, b, m in dims)
+
+
 def _by_place(entry: tuple[int, ShardBox]) -> tuple[int, tuple[int, ...]]:
     return entry[0], entry[1].offset
 

@@ -100,11 +100,15 @@ class Writers:
         """Close all others: of thousands, only a few are open at a time."""
         with self._lock:
             for number in self._open.keys() - set(numbers):
-                self._open.pop(number)[0].__exit__(None, None, None)
+                self._close(number)
 
     def close(self, number: int) -> None:
         """Close one."""
-        self.keep(self._open.keys() - {number})
+        with self._lock:
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        self._open.pop(number)[0].__exit__(None, None, None)
 
     def __enter__(self) -> Self:
         return self

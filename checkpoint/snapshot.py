@@ -106,18 +106,16 @@ class Snapshot:
 
     def _copy(self, copy: Copy) -> list[int]:
         """Begin to copy; the extents that are complete with it."""
-        data = (
-            copy.source.contiguous().view(-1).view(torch.uint8)
-            if copy.source.numel()
-            else copy.source.view(-1)
-        )
-        for position, start, length in segments(copy.offset, data.nbytes):
-            extent, inside = divmod(position, STRIDE)
-            if extent not in self._places:
-                self._places[extent] = self._place(extent)
-            at = self._places[extent] + inside
-            self._slot[at : at + length].copy_(data[start : start + length], non_blocking=True)
-        return self._progress.add(copy.offset, data.nbytes)
+        nbytes = copy.source.nbytes
+        if nbytes:
+            data = copy.source.contiguous().view(-1).view(torch.uint8)
+            for position, start, length in segments(copy.offset, nbytes):
+                extent, inside = divmod(position, STRIDE)
+                if extent not in self._places:
+                    self._places[extent] = self._place(extent)
+                source = data if length == nbytes else data[start : start + length]
+                self._slot.narrow(0, self._places[extent] + inside, length).copy_(source, non_blocking=True)
+        return self._progress.add(copy.offset, nbytes)
 
     def _wait(self, stream: object) -> None:
         event = self._device.event()

@@ -34,6 +34,8 @@ class Job:
     shape: tuple[int, int]
     compute_s: float
     """of forward and backward between ``save`` and ``fence``"""
+    first_save_s: float = 5.0
+    """age of a contender at its first save at least: nobody saves in the first seconds of a job"""
 
     @property
     def nbytes(self) -> int:
@@ -150,6 +152,8 @@ class Worker:
 
         ``age_s`` is the worker's, whose contender got ready when it was made, at the first save of the turn.
         """
+        if not self._step:
+            self._training.compute(seconds=self._made + self._training.job.first_save_s - time.perf_counter())
         age_s = time.perf_counter() - self._made
         try:
             found = {"age_s": age_s, **self._save_and_restore()}

@@ -37,7 +37,10 @@ from .shards import Segment, Shard, box_of, is_decayed
 BUCKET_BYTES = 25 * 1024**2
 """of a bucket at most; large enough that the latency of a collective does not count"""
 NUM_BUCKETS = 2
-"""buckets at least, where parameters allow: reductions overlap only with what backward has still to do"""
+"""buckets at least, where they do not become too small: reductions overlap only with what backward has still to do"""
+SMALLEST_BUCKET_BYTES = 8 * 1024**2
+"""below which a bucket is not divided: the messages of another one cost more than overlapping saves (on gloo, a step of
+ZeRO-1 with 13 MB of gradients on four ranks takes 305 ms with one bucket, 311 with two, 322 with four)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class Buckets:
         named = [item for module in modules.values() for item in module.named_parameters()]
         total_bytes = sum(_local(param).nbytes for _, param in named)
         # Backward reaches the last parameters first.
-        for group in _grouped(list(reversed(named)), min(BUCKET_BYTES, total_bytes // NUM_BUCKETS)):
+        at_most = max(SMALLEST_BUCKET_BYTES, min(BUCKET_BYTES, total_bytes // NUM_BUCKETS))
+        for group in _grouped(list(reversed(named)), at_most):
             self._buckets.append(self._flatten(group))
         for module in modules.values():
             self._adopt(module)

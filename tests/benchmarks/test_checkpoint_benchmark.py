@@ -26,7 +26,7 @@ from benchmarks.checkpoint_contenders import dcp, ours, plain_files
 from benchmarks.checkpoint_contenders.base import Factory, Job, Training
 from benchmarks.harness import Row, Session
 
-TINY = Job(2, (64, 64), 0.01)
+TINY = Job(2, (64, 64), 0.01, first_save_s=0.0)
 
 
 def rows(**factories: Factory) -> dict[str, Row]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distrain.core.config import OptimizerConfig
 from distrain.core.vocabulary import DataParallel, Degrees, ModelShape, Schedule
-from distrain.parallel import MicroBatch, init
+from distrain.parallel import MicroBatch, buckets, init
 from distrain.parallel.shards import clip_, global_norm
 from distrain.parallel.tensor import loss_context
 from distrain.train.assembly import Assembly, assemble
@@ -37,10 +37,13 @@ class Case:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2, clip=0.5))
     lengths: tuple[int, ...] = (16, 16, 16, 16)
     shape: ModelShape = SHAPE
+    smallest_bucket_bytes: int = 0
+    """the default is so large that models of tests would have one bucket only"""
 
     def __str__(self) -> str:
         d = self.degrees
-        return f"tp{d.tp}-pp{d.pp}-dp{d.dp}-{self.schedule}-{self.data}-{self.optimizer.name}"
+        buckets = "-one_bucket" if self.smallest_bucket_bytes else ""
+        return f"tp{d.tp}-pp{d.pp}-dp{d.dp}-{self.schedule}-{self.data}-{self.optimizer.name}{buckets}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def one_process(case: Case) -> Outcome:
 
 def under_layout(rank: int, world_size: int, case: Case) -> Outcome:
     """The same on one rank of a job; the arrays are whole tensors of this rank's stages."""
+    buckets.SMALLEST_BUCKET_BYTES = case.smallest_bucket_bytes
     parallel = init(case.degrees, device="cpu")
     assembly = assemble(
         case.shape,

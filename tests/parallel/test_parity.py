@@ -24,6 +24,7 @@ REPLICAS = [
     *(Case(Degrees(dp=dp), data=data) for dp in (2, 4) for data in (Data.DDP, Data.ZERO1)),
     *(Case(Degrees(dp=dp, dp_shard=dp), data=Data.FSDP2) for dp in (2, 4)),
     Case(Degrees(dp=4, dp_shard=2), data=Data.HSDP),
+    *(Case(Degrees(dp=2), data=data, smallest_bucket_bytes=1 << 23) for data in (Data.DDP, Data.ZERO1)),
 ]
 COMBINED = [
     Case(Degrees(tp=2, pp=2), lengths=UNEVEN),
