@@ -24,7 +24,7 @@ Action = BaseException | Callable[[Mapping[str, Any]], object]
 class Armed:
     """One armed point: what happens, on which hit, and whether it has happened."""
 
-    def __init__(self, action: Action, *, on_hit: int, only: Mapping[str, Any]) -> None:
+    def __init__(self, action: Action, *, on_hit: int | None, only: Mapping[str, Any]) -> None:
         self.hits = 0
         """hits whose context matched"""
         self._action, self._on_hit, self._only = action, on_hit, dict(only)
@@ -33,7 +33,7 @@ class Armed:
     @property
     def fired(self) -> bool:
         """Whether the action was taken."""
-        return self.hits >= self._on_hit
+        return self.hits >= (self._on_hit or 1)
 
     def hit(self, context: Mapping[str, Any]) -> None:
         """Count the hit, and take the action if it is the one waited for."""
@@ -41,7 +41,7 @@ class Armed:
             return
         with self._lock:
             self.hits += 1
-            due = self.hits == self._on_hit
+            due = self._on_hit in (None, self.hits)
         if not due:
             return
         if isinstance(self._action, BaseException):
@@ -60,15 +60,15 @@ class Failpoints:
         if armed := self._armed.get(name):
             armed.hit(context)
 
-    def arm(self, name: str, action: Action, /, *, on_hit: int = 1, **only: Any) -> Armed:
-        """Take ``action`` once, on the ``on_hit``-th hit whose context contains ``only``.
+    def arm(self, name: str, action: Action, /, *, on_hit: int | None = 1, **only: Any) -> Armed:
+        """Take ``action`` once, on the ``on_hit``-th hit whose context contains ``only``; None is on every one.
 
         Raises:
             ValueError: the point is armed already, or ``on_hit`` is less than 1.
         """
         if name in self._armed:
             raise ValueError(f"failpoint {name} is armed already")
-        if on_hit < 1:
+        if on_hit is not None and on_hit < 1:
             raise ValueError(f"failpoint {name}: on_hit counts from 1, got {on_hit}")
         armed = self._armed[name] = Armed(action, on_hit=on_hit, only=only)
         return armed

@@ -96,3 +96,12 @@ def test_of_many_threads_exactly_one_meets_the_fault() -> None:
     for thread in threads:
         thread.join()
     assert len(caught) == 1
+
+
+def test_a_point_may_be_armed_for_every_hit() -> None:
+    points, seen = Failpoints(), []
+    point = points.arm("write", lambda context: seen.append(context["n"]), on_hit=None, rank=1)
+    for n in range(4):
+        points.hit("write", n=n, rank=n % 2)
+    assert seen == [1, 3]
+    assert point.fired

@@ -1,0 +1,235 @@
+"""Whether a plan can be carried out on a job and a machine: all problems at once, before anything starts.
+
+What is checked of one fault follows from its row in ``kinds.KINDS``. Two faults are at odds if one victim would be in
+both at a time and each claims the same thing for itself: its life, its processor, what it says in a collective.
+Times in steps and in seconds cannot be compared; such pairs pass, and the later one is laid over the earlier.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from distrain.core.errors import Problem, nearest
+
+from .capabilities import HINTS, Capabilities, probe
+from .kinds import KINDS, Engine, KindSpec, Lasting, Victim
+from .plan import BETWEEN, IN_COLLECTIVE, Fault, FaultPlan
+
+Numbered = Sequence[tuple[int, Fault]]
+"""faults with their numbers in the plan"""
+ROLES = ("trainer", "keeper")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobShape:
+    """What a plan must know of the job that it is for."""
+
+    world_size: int
+    num_nodes: int = 1
+    steps: int | None = None
+    """of training, if known"""
+    has_checkpoints: bool = True
+    """whether there are keepers, and checkpoints on storage"""
+
+    def node_of(self, rank: int) -> int:
+        """The node of a rank, where every node has as many."""
+        return rank * self.num_nodes // self.world_size
+
+
+def check(plan: FaultPlan, job: JobShape, *, capabilities: Capabilities | None = None) -> list[Problem]:
+    """Everything that keeps ``plan`` from being carried out on ``job``; the machine is probed if need be."""
+    return check_numbered(list(enumerate(plan.faults)), job, capabilities=capabilities)
+
+
+def check_numbered(faults: Numbered, job: JobShape, *, capabilities: Capabilities | None) -> list[Problem]:
+    """``check`` for faults of which some are missing."""
+    if capabilities is None:  # control groups are only tried where somebody wants one
+        wanted = any(KINDS[fault.kind].needs for _, fault in faults)
+        capabilities = probe() if wanted else Capabilities()
+    problems: list[Problem] = []
+    for number, fault in faults:
+        spec, name = KINDS[fault.kind], f"faults[{number}], {fault.kind},"
+        if spec.refused:
+            ready = ", ".join(kind for kind, each in KINDS.items() if not each.refused)
+            problems.append(Problem(f"{name} cannot be injected yet", spec.refused, ready))
+            continue
+        for part in (_target, _place, _time, _lasting, _params, _expectation):
+            problems += part(name, fault, spec, job)
+        problems += _privileges(name, spec, capabilities)
+    return [*problems, *_overlaps(faults, job)]
+
+
+def victims(fault: Fault, job: JobShape) -> tuple[int, ...]:
+    """Whom a fault hits: ranks, or nodes where no rank is hit."""
+    victim, target = KINDS[fault.kind].victim, fault.target
+    if victim is Victim.RANK:
+        on_node = (rank for rank in range(job.world_size) if job.node_of(rank) == target.node)
+        return tuple(sorted({*target.ranks, *on_node}))
+    return (target.node or 0,)
+
+
+# -- one fault -----------------------------------------------------------------------------------------------
+
+
+def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    target = fault.target
+    ranks = [rank for rank in target.ranks if not 0 <= rank < job.world_size]
+    if ranks:
+        yield Problem(f"{name} hits ranks that there are not", str(ranks), f"0 to {job.world_size - 1}")
+    if target.node is not None and not 0 <= target.node < job.num_nodes:
+        yield Problem(
+            f"{name} hits a node that there is not",
+            f"node {target.node}",
+            f"0 to {job.num_nodes - 1}",
+            "" if job.num_nodes > 1 else "--emulate-nodes N",
+        )
+    if target.link is not None:
+        yield Problem(f"{name} hits no link", f"link = {list(target.link)}", "no link")
+    if target.role and target.role not in ROLES:
+        close = nearest(target.role, ROLES)
+        yield Problem(f"{name} hits a process that there is not", target.role, ", ".join(ROLES), close)
+    elif target.role and spec.victim is not Victim.WRITER:
+        yield Problem(f"{name} has no choice of process", f"role = {target.role}", "no role")
+    if spec.victim is Victim.RANK and not target.ranks and target.node is None:
+        yield Problem(f"{name} hits nobody", "no ranks", "ranks, or a node", "target = { ranks = [0] }")
+    if spec.victim in (Victim.NODE, Victim.JOB) and target.ranks:
+        yield Problem(f"{name} hits no ranks", f"ranks = {list(target.ranks)}", "a node")
+    if spec.victim is Victim.WRITER and target.ranks and target.role != "trainer":
+        yield Problem(
+            f"{name} hits keepers, which have no ranks",
+            f"ranks = {list(target.ranks)}",
+            "a node, or role = trainer",
+        )
+    if fault.kind.value in ("node.loss",) and job.num_nodes == 1:
+        yield Problem(f"{name} would leave nobody", "1 node", "2 nodes or more", "--emulate-nodes 2")
+    if (spec.victim is Victim.WRITER or fault.kind == "sidecar.kill") and not job.has_checkpoints:
+        yield Problem(f"{name} has nothing to hit", "the job saves no checkpoints", hint="checkpoint.every")
+
+
+def _place(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    target = fault.target
+    if target.phase and target.phase not in spec.phases:
+        allowed = ", ".join(spec.phases) or "no phase"
+        yield Problem(
+            f"{name} does not happen in this phase", target.phase, allowed, nearest(target.phase, spec.phases)
+        )
+    places = (BETWEEN, IN_COLLECTIVE) if spec.in_collective else (BETWEEN,)
+    if target.where not in places:
+        close = nearest(target.where, places)
+        yield Problem(f"{name} does not happen there", target.where, ", ".join(places), close)
+    if target.where == IN_COLLECTIVE and target.phase:
+        yield Problem(f"{name} is in two places", f"where = {IN_COLLECTIVE}, phase = {target.phase}", "one")
+
+
+def _time(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    at = fault.at
+    if at.step is not None and at.step < 1:
+        yield Problem(f"{name} begins before the first step", f"step = {at.step}", "1 or more")
+    if at.step is not None and job.steps is not None and at.step > job.steps:
+        yield Problem(f"{name} begins after the last step", f"step = {at.step}", f"1 to {job.steps}")
+    if at.op is not None and at.op < 1:
+        yield Problem(f"{name} begins before the first operation", f"op = {at.op}", "1 or more")
+    if at.after_s is not None and at.after_s < 0:
+        yield Problem(f"{name} begins before the job", f"after_s = {at.after_s}", "0 or more")
+    if not 0.0 <= fault.probability <= 1.0:
+        yield Problem(f"{name} has no such probability", str(fault.probability), "0 to 1")
+
+
+def _lasting(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    duration_s = fault.duration_s
+    if duration_s < 0:
+        yield Problem(f"{name} lasts less than no time", f"duration_s = {duration_s}", "0 or more")
+    elif duration_s and spec.lasting is Lasting.NOT:
+        yield Problem(f"{name} is over at once", f"duration_s = {duration_s}", "no duration_s")
+    elif not duration_s and spec.lasting is Lasting.MUST:
+        yield Problem(f"{name} needs a duration", "none", "more than 0 seconds", "duration_s = 1.0")
+
+
+def _params(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    for key, value in fault.params.items():
+        if key not in spec.params:
+            allowed = ", ".join(spec.params) or "no parameters"
+            yield Problem(f"{name} has no parameter {key}", repr(value), allowed, nearest(key, spec.params))
+            continue
+        param = spec.params[key]
+        kind = type(param.default)
+        is_number = kind is float and type(value) is int
+        if (type(value) is not kind and not is_number) or not param.holds(value):
+            close = nearest(str(value), param.allowed.split(", ")) if kind is str else ""
+            yield Problem(f"{name} cannot have this {key}", repr(value), param.allowed, close)
+
+
+def _expectation(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    expect = fault.expect
+    if strangers := [rank for rank in expect.suspects if not 0 <= rank < job.world_size]:
+        yield Problem(
+            f"{name} expects suspects that there are not", str(strangers), f"0 to {job.world_size - 1}"
+        )
+    if expect.within_s is not None and expect.within_s <= 0:
+        yield Problem(f"{name} expects too much", f"within_s = {expect.within_s}", "more than 0")
+
+
+def _privileges(name: str, spec: KindSpec, capabilities: Capabilities) -> Iterator[Problem]:
+    for need in spec.needs:
+        if missing := capabilities.lacks(need):
+            yield Problem(f"{name} needs what this machine does not allow", missing, hint=HINTS[need])
+
+
+# -- two faults ----------------------------------------------------------------------------------------------
+
+
+def _overlaps(faults: Numbered, job: JobShape) -> Iterator[Problem]:
+    for (first, one), (second, other) in combinations(faults, 2):
+        claim = KINDS[one.kind].exclusive
+        if not claim or claim != KINDS[other.kind].exclusive or not _meet(one, other):
+            continue
+        if shared := sorted(set(_hit(one, job)) & set(_hit(other, job))):
+            yield Problem(
+                f"faults[{first}], {one.kind}, and faults[{second}], {other.kind}, claim the same {claim}",
+                f"ranks {shared}, {_when(one)} and {_when(other)}",
+                "one at a time",
+            )
+
+
+def _hit(fault: Fault, job: JobShape) -> tuple[int, ...]:
+    """The ranks that feel it."""
+    if KINDS[fault.kind].victim is Victim.NODE:
+        node = fault.target.node or 0
+        return tuple(rank for rank in range(job.world_size) if job.node_of(rank) == node)
+    return victims(fault, job)
+
+
+def _meet(one: Fault, other: Fault) -> bool:
+    """Whether both are at work at some moment, as far as their times can be compared."""
+    for begin_of in (_step, _second):
+        begins = begin_of(one), begin_of(other)
+        if None not in begins:
+            early, late = sorted((one, other), key=lambda fault: begin_of(fault) or 0)
+            gap = (begin_of(late) or 0) - (begin_of(early) or 0)
+            if begin_of is _second:
+                return gap <= 0 or _is_for_good(early) or gap < early.duration_s
+            return (gap == 0 and one.at.op == other.at.op) or _is_for_good(early)
+    return False
+
+
+def _step(fault: Fault) -> float | None:
+    return fault.at.step
+
+
+def _second(fault: Fault) -> float | None:
+    if fault.at.after_s is None and fault.at.step is None and fault.at.op is None:
+        return 0.0
+    return fault.at.after_s if fault.at.step is None else None
+
+
+def _is_for_good(fault: Fault) -> bool:
+    spec = KINDS[fault.kind]
+    if spec.engine is Engine.OUTSIDE:
+        return spec.lasting is Lasting.MAY and not fault.duration_s
+    return fault.params.get("times") == 0
+
+
+def _when(fault: Fault) -> str:
+    at = fault.at
+    given = {"step": at.step, "op": at.op, "after_s": at.after_s}
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None) or "at once"

@@ -1,0 +1,204 @@
+"""The injector: one process beside the job, here a thread of whoever starts the job, that hits ranks from outside.
+
+::
+
+    with Injector(plan, folder) as injector:
+        subprocess.run(["distrain", "launch", ...], env={**os.environ, **injector.variables})
+    records = read_truth(folder)
+
+Armed processes connect to it (``control``), so it knows who they are and when they die. When it ends, all that it
+did and that lasts is undone: stopped processes go on, control groups are gone.
+"""
+
+import json
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+from distrain.core.clock import Clock, MonotonicClock
+from distrain.core.vocabulary import FaultKind
+
+from .arming import PLAN, TRUTH
+from .control import LINE_BYTES, SOCKET, Lines, encode, peer_of, short_path
+from .effects import EFFECTS, Hit, Undo, agent_of, store_of
+from .kinds import KINDS, Victim
+from .plan import FaultPlan
+from .timers import Timers
+from .truth import FAILED, FIRED, LIFTED, TruthLog
+
+
+@dataclass(slots=True)
+class _Client:
+    """An armed process."""
+
+    connection: socket.socket
+    pid: int
+    lines: Lines = field(default_factory=Lines)
+    hello: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Injector:
+    """Carries out the faults of ``plan`` that come from outside; ``folder`` is the job's ground truth."""
+
+    def __init__(self, plan: FaultPlan, folder: str | Path, *, clock: Clock | None = None) -> None:
+        self.plan, self.folder = plan, Path(folder).absolute()
+        self._timers = Timers(clock or MonotonicClock())
+        self._clients: dict[socket.socket, _Client] = {}
+        self._undo: dict[int, Undo] = {}
+        self._done: set[tuple[int, int]] = set()
+        self._stack = ExitStack()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the environment of the job must hold."""
+        return {PLAN: str(self.folder / "plan.json"), TRUTH: str(self.folder)}
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self.folder / "plan.json").write_text(json.dumps(self.plan.to_json(), indent=1))
+        with ExitStack() as stack:
+            self._truth = TruthLog(self.folder, who=f"injector-{os.getpid()}")
+            stack.callback(self._truth.close)
+            self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            (self.folder / SOCKET).unlink(missing_ok=True)
+            with short_path(self.folder) as path:
+                self._listener.bind(path)
+                os.chmod(path, 0o600)
+            stack.callback((self.folder / SOCKET).unlink, missing_ok=True)
+            self._listener.listen(socket.SOMAXCONN)
+            ours, wake = socket.socketpair()
+            stack.enter_context(ours)
+            thread = threading.Thread(target=self._run, args=(ours,), name="distrain-injector", daemon=True)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(wake.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # -- the thread
+
+    def _run(self, wake: socket.socket) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(wake, selectors.EVENT_READ)
+            selector.register(self._listener, selectors.EVENT_READ, partial(self._accept, selector))
+            try:
+                while not self._turn(selector, wake):
+                    self._timers.run()
+            finally:
+                for undo in self._undo.values():
+                    with suppress(OSError):
+                        undo()
+                for connection in self._clients:
+                    connection.close()
+
+    def _turn(self, selector: selectors.BaseSelector, wake: socket.socket) -> bool:
+        """Wait for something to do and do it; True if this is the end."""
+        for key, _ in selector.select(self._timers.patience_s()):
+            if key.fileobj is wake:
+                return True
+            action: Callable[[], None] = key.data
+            action()
+        return False
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        connection, _ = self._listener.accept()
+        pid, uid = peer_of(connection)
+        if uid not in (0, os.getuid()):
+            connection.close()
+            return
+        client = self._clients[connection] = _Client(connection, pid)
+        selector.register(connection, selectors.EVENT_READ, partial(self._hear, selector, client))
+
+    def _hear(self, selector: selectors.BaseSelector, client: _Client) -> None:
+        try:
+            data = client.connection.recv(LINE_BYTES)
+            tables = client.lines.add(data)
+        except (OSError, ValueError):
+            data, tables = b"", []
+        for table in tables:
+            if table.get("do") == "hello":
+                client.hello = table
+            elif "after_s" in table:
+                self._timers.after(float(table["after_s"]), partial(self._inject, client, table))
+            else:
+                answer = self._inject(client, table)
+                with suppress(OSError):  # it has been killed
+                    client.connection.sendall(encode(answer))
+        if not data:
+            selector.unregister(client.connection)
+            del self._clients[client.connection]
+            client.connection.close()
+
+    # -- faults
+
+    def _inject(self, client: _Client, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Carry one fault out on behalf of ``client``; what to answer."""
+        number = int(request["fault"])
+        fault = self.plan.faults[number]
+        is_rank = KINDS[fault.kind].victim is Victim.RANK
+        victim = int(client.hello["rank" if is_rank else "node"])
+        if (number, victim) in self._done:
+            return {"done": number}
+        self._done.add((number, victim))
+        note = partial(
+            self._truth.write, fault=number, kind=fault.kind, victim=victim, step=request.get("step")
+        )
+        pids = self._pids(fault.kind, client) if client.connection in self._clients else []
+        if not pids:
+            note(FAILED, pid=0, detail={"reason": "no such process"})
+            return {"failed": number}
+        note(FIRED, pid=pids[0], detail={"pids": pids} if len(pids) > 1 else {})
+        try:
+            undo = EFFECTS[fault.kind](Hit(fault, pids, self._timers))
+        except OSError as error:
+            note(FAILED, pid=pids[0], detail={"reason": str(error)})
+            return {"failed": number}
+        if undo is not None:
+            key = len(self._undo)
+            self._undo[key] = undo
+            if fault.duration_s:
+                lift = partial(self._lift, key, partial(note, pid=pids[0]))
+                self._timers.after(fault.duration_s, lift)
+        return {"done": number, "allocate": fault.kind is FaultKind.PROC_OOM}
+
+    def _lift(self, key: int, note: Callable[..., None]) -> None:
+        try:
+            self._undo[key]()
+            note(LIFTED)
+        except OSError as error:
+            note(FAILED, detail={"reason": f"could not be lifted: {error}"})
+
+    def _pids(self, kind: FaultKind, client: _Client) -> list[int]:
+        """Whom a fault hits that ``client`` asks for, the most important last."""
+        node = client.hello.get("node")
+        if kind is FaultKind.STORE_KILL:
+            return store_of(client.pid)
+        keepers = [
+            each.pid
+            for each in self._clients.values()
+            if each.hello.get("role") == "keeper" and each.hello.get("node") == node
+        ]
+        if kind is FaultKind.SIDECAR_KILL:
+            return keepers
+        if kind is FaultKind.NODE_LOSS:
+            ranks = [
+                each.pid
+                for each in self._clients.values()
+                if each.hello.get("role") == "trainer" and each.hello.get("node") == node
+            ]
+            # The agent goes first: seeing its ranks die it would tell the other nodes, which no lost node does.
+            return [pid for pid in (agent_of(client.pid), *ranks, *keepers) if pid > 1]
+        return [client.pid]
