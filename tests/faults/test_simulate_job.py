@@ -1,6 +1,8 @@
 """One job and its failures, second by second: every number here was worked out by hand."""
 
 from dataclasses import replace
+from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
@@ -99,6 +101,16 @@ def test_a_lost_node_restores_from_parity_and_two_of_one_group_from_disk() -> No
     together = outcome((1000, 3, "crash", AWAY), (1000, 4, "crash", AWAY))
     assert (lost(together)["lost_work"], lost(together)["restore"]) == (410, 50)  # the fifth save: 500
     assert (together.interruptions, together.failures) == (1, {"crash": 2})
+
+
+def test_as_many_combinations_of_lost_nodes_are_survived_as_geminis_formula_says() -> None:
+    """Of f lost nodes in N, groups of g with one parity survive C(N/g, f) g^f / C(N, f)."""
+    level = replace(PARITY, group_nodes=4)
+    for num_lost in (1, 2, 3, 4):
+        cases = list(combinations(range(16), num_lost))
+        survived = sum(level.outlives(case) for case in cases)
+        assert survived == comb(4, num_lost) * 4**num_lost
+        assert len(cases) == comb(16, num_lost)
 
 
 def test_parity_that_survives_two_does() -> None:
