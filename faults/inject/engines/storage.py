@@ -24,6 +24,8 @@ from ..points import Points
 _STEP = re.compile(r"step-(\d+)")
 BLOB = "checkpoint.fsync"
 """passed when all of a writer's extents have been written: the context has the file's path"""
+WRITE_BYTES = 8 << 20
+"""of which one write tears: less than an extent"""
 
 Effect = Callable[[Live, Mapping[str, Any]], object]
 
@@ -66,14 +68,13 @@ def _fail(live: Live, context: Mapping[str, Any], *, number: int) -> None:
 
 
 def _tear(live: Live, context: Mapping[str, Any]) -> None:
-    """The last write has only half arrived; by default the process dies with it, as it does when power fails."""
+    """The first write has only half arrived; by default the process dies with it, as it does when power fails."""
     path, is_fatal = context["path"], live.param("crash")
-    half = os.path.getsize(path) // 2
-    live.fired(step=context["step"], path=path, first_byte=half, crash=is_fatal)
-    size = os.path.getsize(path)
-    with open(path, "r+b") as file:
-        file.truncate(half)
-        file.truncate(size)  # zeros in place of what did not arrive
+    with open(path, "r+b", buffering=0) as file:
+        end = min(os.lseek(file.fileno(), 0, os.SEEK_HOLE), WRITE_BYTES)
+        half = end // 2
+        live.fired(step=context["step"], path=path, zeros_from=half, zeros_to=end, crash=is_fatal)
+        os.pwrite(file.fileno(), bytes(end - half), half)
     if is_fatal:
         os.kill(os.getpid(), signal.SIGKILL)
 
