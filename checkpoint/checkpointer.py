@@ -285,12 +285,7 @@ class Checkpointer:
         """
         fenced = fenced_storages(self._tracked) if self._lazy else set()
         lazy = [item.tensor.untyped_storage().data_ptr() in fenced for item in state.items]
-        items = [
-            item
-            for flag in (False, True)
-            for item, is_lazy in zip(state.items, lazy, strict=True)
-            if is_lazy is flag
-        ]
+        items = [state.items[i] for i in sorted(range(len(lazy)), key=lazy.__getitem__)]
         boxes = [item.box for item in items]
         if self._planned is None or self._planned[0] != boxes:
             every = self._ranks.gather([asdict(box) for box in boxes])

@@ -8,10 +8,12 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T", int, str)
 
 
 class Ranks:
@@ -66,7 +68,7 @@ class Ranks:
         """What rank 0 says."""
         return self.gather(value if self.rank == 0 else None)[0]
 
-    def common(self, values: Sequence[int]) -> list[int]:
+    def common(self, values: Sequence[T]) -> list[T]:
         """The values that every rank has, largest first."""
         every = [set(each) for each in self.gather(list(values))]
         return sorted(set.intersection(*every), reverse=True)

@@ -8,7 +8,7 @@ layout.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from distrain.core.errors import DataError, Problem, raise_if
 from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused, PinnedWriter
 
 from .boxes import Item
-from .candidates import candidates
+from .candidates import check_folder, folders
 from .crc import crc32c
 from .errors import DamageError
 from .layout import EXTENT_BYTES, STRIDE, WriterLayout
@@ -69,17 +69,23 @@ def memory_source(step: int, writers: Sequence[PinnedWriter]) -> Source:
 
 def disk_sources(storage: Storage) -> Iterator[Source]:
     """The good checkpoints of a tier, newest first; what is refused is logged with the reason."""
-    for candidate in candidates(storage):
-        manifest = candidate.manifest
-        if manifest is None:
-            log.warning("%s is passed over: %s", candidate.folder, candidate.refused)
-            continue
-        objects = {
-            name: {writer: entry.value for entry in entries for writer in entry.writers}
-            for name, entries in manifest.objects.items()
-        }
-        open_writer = blobs(storage, candidate.folder, manifest)
-        yield Source(candidate.step, candidate.folder, manifest.tensors, objects, open_writer)
+    for folder, step in folders(storage):
+        if source := disk_source(storage, folder, step=step):
+            yield source
+
+
+def disk_source(storage: Storage, folder: str, *, step: int) -> Source | None:
+    """The checkpoint of ``step`` in ``folder``; None if it is refused, which is logged with the reason."""
+    try:
+        manifest = check_folder(storage, folder, step=step)
+    except DataError as error:
+        log.warning("%s is passed over: %s", folder, error)
+        return None
+    objects = {
+        name: {writer: entry.value for entry in entries for writer in entry.writers}
+        for name, entries in manifest.objects.items()
+    }
+    return Source(step, folder, manifest.tensors, objects, blobs(storage, folder, manifest))
 
 
 def fill(source: Source, targets: Sequence[Item], *, strict: bool, node: Ranks | None = None) -> None:
@@ -154,16 +160,16 @@ def _ladder(
 ) -> Iterator[Source]:
     """Sources that all ranks have, newest first; of one step, memory comes first."""
     in_memory = _steps_in_memory(client)
-    disks = [{source.step: source for source in disk_sources(tier)} for tier in tiers]
-    steps = ranks.common([*in_memory, *(step for disk in disks for step in disk)])
-    for step in steps if only is None else [only] * (only in steps):
-        places: list[Collection[int]] = [in_memory, *disks]
-        for place, has in enumerate(places):
-            if not ranks.all_true(step in has):
-                continue
-            if place:
-                yield disks[place - 1][step]
-                continue
+    memory_steps = ranks.common(list(in_memory))
+    disks = []
+    for tier in tiers:
+        found = dict(folders(tier))
+        disks.append((tier, {folder: found[folder] for folder in ranks.common(list(found))}))
+    steps = {*memory_steps, *(step for _, found in disks for step in found.values())}
+    for step in sorted(steps, reverse=True):
+        if only is not None and step != only:
+            continue
+        if step in memory_steps:
             assert client is not None
             with suppress(KeeperLost):
                 pinned: Sequence[PinnedWriter] = ()
@@ -175,6 +181,11 @@ def _ladder(
                 finally:
                     if pinned:
                         client.unpin(step)
+        for tier, found in disks:
+            for folder in (name for name, at in found.items() if at == step):
+                source = disk_source(tier, folder, step=step)
+                if ranks.all_true(source is not None) and source:
+                    yield source
 
 
 def _steps_in_memory(client: KeeperClient | None) -> dict[int, int]:
