@@ -96,23 +96,19 @@ def simulate(
     failures = scenario.failures_of(seed)
     report = Report(scenario, outcomes, curve, scenario.interval_s(failures), scenario.mtbf_s(failures))
     written = []
-    if save_trace is not None:
-        written.append(_written(save_trace, failures))
-    if plot is not None:
-        from distrain.faults.simulate.plots import plot as draw
-
-        written += draw(plot, outcomes, curve)
-    report.print_json(written) if as_json else report.show(written)
-
-
-def _written(path: Path, failures: Any) -> Path:
-    from distrain.faults.simulate.trace import write_trace
-
     try:
-        write_trace(path, failures)
+        if save_trace is not None:
+            from distrain.faults.simulate.trace import write_trace
+
+            write_trace(save_trace, failures)
+            written.append(save_trace)
+        if plot is not None:
+            from distrain.faults.simulate.plots import plot as draw
+
+            written += draw(plot, outcomes, curve)
     except OSError as error:
-        raise ConfigError("the trace cannot be written", got=f"{path}: {error.strerror}") from None
-    return path
+        raise ConfigError("this cannot be written", got=f"{error.filename}: {error.strerror}") from None
+    report.print_json(written) if as_json else report.show(written)
 
 
 def _measured(folder: Path | None, state_gb: float) -> dict[str, object]:

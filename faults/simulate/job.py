@@ -82,16 +82,13 @@ class Outcome:
     """times that training was stopped; fewer than failures, which may strike a recovery"""
     saves: int
     spans: tuple[Span, ...]
+    num_events: int
+    """failures and changes of what the job does, each of which the loop handled one by one"""
 
     @property
     def ettr(self) -> float:
         """Effective training time ratio: useful training over elapsed time."""
         return self.seconds[Cause.TRAINING] / self.horizon_s
-
-    @property
-    def num_events(self) -> int:
-        """Failures and changes of what the job does, each of which the loop handled one by one."""
-        return sum(self.failures.values()) + len(self.spans)
 
 
 def replay(job: Job, failures: Failures) -> Outcome:
@@ -191,6 +188,7 @@ class _Run:
             interruptions=self._interruptions,
             saves=sum(each.num_saves for each in stretches),
             spans=tuple(self._spans),
+            num_events=sum(self._failures.values()) + len(self._spans),
         )
 
     def _book(self, cause: Cause, until_s: float) -> None:

@@ -27,6 +27,8 @@ _COLOURS = {
     Cause.RESTORE: "#2980b9",
 }
 
+_NAMED = 9  # failure classes with a colour of their own
+
 
 def require() -> None:
     """Find out before a long simulation whether there can be plots.
@@ -64,7 +66,7 @@ def _draw(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -
 
 
 def _lost_time(axes: Any, outcomes: Sequence[Outcome]) -> None:
-    """Bars by cause, in percent of the time, the mean over outcomes; each failure class has its part of a bar."""
+    """Bars by cause, in percent of the time, the mean over outcomes; the costliest classes have parts of their own."""
     total_s = sum(outcome.horizon_s for outcome in outcomes)
     causes = [cause for cause in Cause if cause is not Cause.TRAINING]
     left = [0.0] * len(causes)
@@ -72,14 +74,15 @@ def _lost_time(axes: Any, outcomes: Sequence[Outcome]) -> None:
     shares = {name: [_share(outcomes, name, cause, total_s) for cause in causes] for name in names}
     whole = [100 * sum(outcome.seconds[cause] for outcome in outcomes) / total_s for cause in causes]
     labels = [cause.replace("_", " ") for cause in causes]
-    for name in sorted(names, key=lambda name: -sum(shares[name])):
+    for name in sorted(names, key=lambda name: -sum(shares[name]))[:_NAMED]:
         axes.barh(labels, shares[name], left=left, edgecolor="white", linewidth=0.4, label=name)
         left = [a + b for a, b in zip(left, shares[name], strict=True)]
     rest = [max(0.0, a - b) for a, b in zip(whole, left, strict=True)]
-    axes.barh(labels, rest, left=left, color="#bbbbbb", label="saving")
+    axes.barh(labels, rest, left=left, color="#bbbbbb", label="saving, and all others")
+    axes.margins(x=0.05)
     axes.invert_yaxis()
     axes.set_xlabel("% of the time")
-    axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=7)
 
 
 def _share(outcomes: Sequence[Outcome], name: str, cause: Cause, total_s: float) -> float:

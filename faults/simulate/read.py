@@ -15,8 +15,8 @@ from .mixes import MIXES
 from .scenario import AUTO, Scenario
 
 T = TypeVar("T")
-MOST_FAILURES = 2_000_000
-"""drawn for one seed: some gigabytes of what came of them"""
+MOST_FAILURES = 500_000
+"""drawn for one seed: a gigabyte of what came of them"""
 
 _Range = tuple[Callable[[float], bool], str]
 _POSITIVE: _Range = (lambda value: value > 0, "more than 0")

@@ -7,7 +7,7 @@ intervals is then smooth where its points alone would be noise, and few seeds ar
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .job import Outcome, replay
 from .scenario import Scenario
@@ -57,11 +57,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 def run_seeds(
     scenario: Scenario, seeds: Sequence[int], *, progress: Progress = lambda: None
 ) -> tuple[Outcome, ...]:
-    """What becomes of the job, by seed; with a trace, all are the same."""
-    outcomes = []
+    """What becomes of the job, by seed; only the first keeps its spans, which are most of the memory."""
+    outcomes: list[Outcome] = []
     for seed in seeds:
         failures = scenario.failures_of(seed)
-        outcomes.append(replay(scenario.policy(scenario.interval_s(failures)), failures))
+        outcome = replay(scenario.policy(scenario.interval_s(failures)), failures)
+        outcomes.append(replace(outcome, spans=()) if outcomes else outcome)
         progress()
     return tuple(outcomes)
 

@@ -137,6 +137,19 @@ def test_a_group_is_whole_again_once_training_goes_on() -> None:
     assert lost(found)["restore"] == 5 + 5
 
 
+def test_memory_holds_what_was_restored_from_disk() -> None:
+    rows = (1000.0, 3, "crash", AWAY), (1000.0, 4, "crash", AWAY)
+    found = outcome(*rows, (1150, 5, "crash"))  # 40 s after training went on, before the next save
+    assert lost(found)["lost_work"] == 410 + 40
+    assert lost(found)["restore"] == 50 + 1
+
+
+def test_a_level_that_takes_each_fifth_save_counts_on_through_restarts() -> None:
+    """Nine saves before the stop, so the first one after it is the tenth, on disk from 1171 on."""
+    found = outcome((1000, 3, "planned"), (1200, 3, "crash", AWAY), (1200, 4, "crash", AWAY))
+    assert lost(found)["lost_work"] == 49
+
+
 def test_a_save_counts_at_a_level_only_after_its_delay() -> None:
     job = replace(JOB, levels=(replace(DISK, every=1),))
     assert lost(outcome((1005, 0, "crash"), job=job))["lost_work"] == 900 + 15 - 800
@@ -213,13 +226,21 @@ def test_what_happens_to_a_spare_is_felt_only_when_it_is_needed() -> None:
 
 
 def test_a_node_in_repair_cannot_fail() -> None:
-    rows = (1000.0, 3, "crash", 5000.0), (2000.0, 3, "crash", 5000.0)
-    assert outcome(*rows) == outcome(rows[0])
+    job = replace(JOB, num_spares=1)
+    rows = (1000.0, 3, "crash", 600.0), (1200.0, 3, "crash", 5000.0), (2000.0, 4, "crash", AWAY)
+    assert outcome(*rows, job=job) == outcome(rows[0], rows[2], job=job)
+    assert "wait" not in lost(outcome(*rows, job=job))
+
+
+def test_a_node_that_the_job_waits_for_cannot_fail() -> None:
+    job = replace(JOB, num_spares=0)
+    rows = (1000.0, 3, "crash", 600.0), (1200.0, 3, "crash")
+    assert outcome(*rows, job=job) == outcome(rows[0], job=job)
 
 
 def test_a_spare_takes_the_place_of_the_node_in_its_parity_group() -> None:
-    """Node 16 stands for 3 in group 0, so its loss together with that of 4 is too much."""
-    rows = (1000.0, 3, "crash", AWAY), (3000.0, 16, "crash", AWAY), (3000.0, 4, "crash", AWAY)
+    """Node 16 stands for 9 in the second group, so its loss together with that of 10 is too much."""
+    rows = (1000.0, 9, "crash", AWAY), (3000.0, 16, "crash", AWAY), (3000.0, 10, "crash", AWAY)
     job = replace(JOB, num_spares=4)
     assert lost(outcome(*rows, job=job))["restore"] == 5 + 50
 

@@ -87,7 +87,7 @@ def test_all_problems_are_listed_at_once() -> None:
 
 def test_what_is_wrong_in_a_list_is_named_by_its_place() -> None:
     good = {"name": "a", "survives": "all", "restore_s": 1}
-    text = problems(checkpoint__levels=[good, {"name": "b", "survives": "fire", "evry": 1}])
+    text = problems(checkpoint__levels=[good, {"name": "b", "survives": "fire", "every_": 1}])
     assert "checkpoint.levels[1].survives knows no such choice" in text
     assert "checkpoint.levels[1] lacks restore_s" in text
     assert "try: checkpoint.levels[1].every" in text
