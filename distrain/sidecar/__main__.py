@@ -17,10 +17,13 @@ def main() -> None:
     found = parser.parse_args()
     if found.lease_fd is None and os.fork():
         os._exit(0)
+    from distrain.faults.inject import arm
+
     from .keeper import Keeper, Options
 
-    os.chdir("/")
-    asyncio.run(Keeper(Options(**vars(found))).run())
+    with arm(role="keeper", node=found.node_rank):
+        os.chdir("/")
+        asyncio.run(Keeper(Options(**vars(found))).run())
     sys.stdout.flush()
     os._exit(0)  # a thread that waits for a dead disk would keep the process
 

@@ -13,6 +13,7 @@ from distrain.core.config import RunConfig
 from distrain.core.errors import ConfigError
 from distrain.core.events import EventLog, JsonlSink
 from distrain.core.load import load
+from distrain.faults.inject import arm
 from distrain.parallel import init
 
 from .hooks import Hook, Narrate, SaveCheckpoints, WriteEvents
@@ -36,6 +37,7 @@ def train(config: RunConfig) -> int:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         sinks = [JsonlSink(Path(config.run_dir) / "events.jsonl")]
     with EventLog(sinks, rank=parallel.rank) as events, ExitStack() as stack:
+        stack.enter_context(arm())
         # Without checkpoints there is nothing to wait for: the signal has its ordinary effect.
         request = stack.enter_context(StopRequest()) if config.checkpoint.enabled else None
         if parallel.rank == 0:

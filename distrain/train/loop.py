@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrain.core.config import RunConfig
+from distrain.core.failpoints import hit
 from distrain.parallel import MicroBatch, Parallel
 from distrain.parallel.shards import clip_, squared_norms
 from distrain.parallel.tensor import loss_context
@@ -93,6 +94,7 @@ class Trainer:
 
     def train_step(self, share: Sequence[MicroBatch], *, num_tokens: int) -> tuple[float, float]:
         """One optimizer step on this rank's micro-batches; mean loss and gradient norm of the whole batch."""
+        hit("train.step", step=self.step + 1)
         data, optimizer = self.assembly.data, self.config.optimizer
         rate = learning_rate(self.step, optimizer, num_steps=self.config.train.steps)
         for group in self.optimizer.param_groups:
@@ -102,6 +104,7 @@ class Trainer:
             losses = self.assembly.runtime.step(share)
         data.reduce()
         gradients, copies = [s.gradient for s in data.shards], [s.copies for s in data.shards]
+        hit("train.gradients", step=self.step + 1, gradients=gradients)
         loss, square, stops = self._sum_over_ranks(
             losses, squared_norms(gradients, copies), self._zero + self._should_stop()
         )
@@ -162,6 +165,8 @@ class Trainer:
             share.append(
                 MicroBatch(inputs, targets, (mine.rows, mine.padded_len // degrees.tp, self.shape.d_model))
             )
+        if stream is self.train_stream:
+            hit("train.data", step=batch.step + 1, inputs=[m.inputs for m in share if m.inputs is not None])
         return share
 
     def _precision(self) -> torch.autocast:

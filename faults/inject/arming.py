@@ -45,8 +45,15 @@ class Armed:
         self.close()
 
 
-def arm(*, role: str = "trainer", environ: Mapping[str, str] = os.environ) -> Armed:
-    """Arm this process; ``role`` is trainer or keeper, rank and node are those of torchrun's variables.
+def arm(
+    *,
+    role: str = "trainer",
+    node: int | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Armed:
+    """Arm this process; ``role`` is trainer or keeper, rank and ``node`` are those of torchrun's variables.
+
+    A loop that does not pass the points of ``engines.steps`` can be followed by its optimizer (``script``).
 
     Raises:
         ConfigError: the plan cannot be read, or holds a fault that can only come from outside and nobody is there.
@@ -56,7 +63,7 @@ def arm(*, role: str = "trainer", environ: Mapping[str, str] = os.environ) -> Ar
     path = Path(environ[PLAN]).absolute()
     plan = FaultPlan.load(path)
     folder = Path(environ.get(TRUTH) or path.with_suffix(".truth")).absolute()
-    here = _here(plan, folder, role, environ)
+    here = _here(plan, folder, role, node, environ)
     with ExitStack() as stack:
         stack.callback(here.truth.close)
         had = had_their_turn(read_truth(folder))
@@ -86,9 +93,9 @@ def arm(*, role: str = "trainer", environ: Mapping[str, str] = os.environ) -> Ar
         return Armed(faults, stack.pop_all())
 
 
-def _here(plan: FaultPlan, folder: Path, role: str, environ: Mapping[str, str]) -> Here:
+def _here(plan: FaultPlan, folder: Path, role: str, node: int | None, environ: Mapping[str, str]) -> Here:
     rank = int(environ.get("RANK", 0)) if role == "trainer" else -1
-    node = int(environ.get("GROUP_RANK", 0))
+    node = int(environ.get("GROUP_RANK", 0)) if node is None else node
     return Here(
         role=role,
         rank=rank,

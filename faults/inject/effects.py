@@ -160,9 +160,12 @@ def store_of(rank_pid: int) -> list[int]:
     return [pid for pid in _children(agent) if b"distrain.launch.store" in _command(pid)]
 
 
-def agent_of(rank_pid: int) -> int:
-    """The launcher's process on the rank's node; 0 if the rank is gone."""
-    return _parent(rank_pid)
+def agent_of(rank_pid: int) -> list[int]:
+    """The launcher's process on the rank's node; nobody if the rank was not started by one."""
+    agent = _parent(rank_pid)
+    words = _command(agent).split(b"\0")
+    is_agent = any(os.path.basename(word) in (b"distrain", b"distrain.launch.emulate") for word in words)
+    return [agent] if is_agent else []
 
 
 def _children(parent: int) -> Iterator[int]:

@@ -52,7 +52,7 @@ class Injector:
         self.plan, self.folder = plan, Path(folder).absolute()
         self._timers = Timers(clock or MonotonicClock())
         self._clients: dict[socket.socket, _Client] = {}
-        self._undo: dict[int, Undo] = {}
+        self._undo: dict[tuple[int, int], Undo] = {}
         self._done: set[tuple[int, int]] = set()
         self._stack = ExitStack()
 
@@ -60,6 +60,14 @@ class Injector:
     def variables(self) -> dict[str, str]:
         """What the environment of the job must hold."""
         return {PLAN: str(self.folder / "plan.json"), TRUTH: str(self.folder)}
+
+    def pids(self, role: str, *, node: int | None = None) -> list[int]:
+        """Armed processes of a role (trainer or keeper) that live now, on one node or all."""
+        return [
+            client.pid
+            for client in list(self._clients.values())
+            if client.hello.get("role") == role and node in (None, client.hello.get("node"))
+        ]
 
     def __enter__(self) -> Self:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,22 +133,24 @@ class Injector:
     def _hear(self, selector: selectors.BaseSelector, client: _Client) -> None:
         try:
             data = client.connection.recv(LINE_BYTES)
-            tables = client.lines.add(data)
-        except (OSError, ValueError):
-            data, tables = b"", []
-        for table in tables:
-            if table.get("do") == "hello":
-                client.hello = table
-            elif "after_s" in table:
-                self._timers.after(float(table["after_s"]), partial(self._inject, client, table))
-            else:
-                answer = self._inject(client, table)
-                with suppress(OSError):  # it has been killed
-                    client.connection.sendall(encode(answer))
+            for table in client.lines.add(data):
+                self._obey(client, table)
+        except (OSError, ValueError, LookupError, TypeError):  # it is gone, or does not speak our language
+            data = b""
         if not data:
             selector.unregister(client.connection)
             del self._clients[client.connection]
             client.connection.close()
+
+    def _obey(self, client: _Client, table: Mapping[str, Any]) -> None:
+        if table.get("do") == "hello":
+            client.hello = table
+        elif "after_s" in table:
+            self._timers.after(float(table["after_s"]), partial(self._inject, client, table))
+        else:
+            answer = self._inject(client, table)
+            with suppress(OSError):  # it has been killed
+                client.connection.sendall(encode(answer))
 
     # -- faults
 
@@ -167,38 +177,31 @@ class Injector:
             note(FAILED, pid=pids[0], detail={"reason": str(error)})
             return {"failed": number}
         if undo is not None:
-            key = len(self._undo)
-            self._undo[key] = undo
+            self._undo[number, victim] = undo
             if fault.duration_s:
-                lift = partial(self._lift, key, partial(note, pid=pids[0]))
+                lift = partial(self._lift, (number, victim), partial(note, pid=pids[0]))
                 self._timers.after(fault.duration_s, lift)
         return {"done": number, "allocate": fault.kind is FaultKind.PROC_OOM}
 
-    def _lift(self, key: int, note: Callable[..., None]) -> None:
+    def _lift(self, key: tuple[int, int], note: Callable[..., None]) -> None:
         try:
-            self._undo[key]()
+            self._undo.pop(key)()
             note(LIFTED)
         except OSError as error:
-            note(FAILED, detail={"reason": f"could not be lifted: {error}"})
+            note(LIFTED, detail={"reason": f"could not be lifted: {error}"})
 
     def _pids(self, kind: FaultKind, client: _Client) -> list[int]:
-        """Whom a fault hits that ``client`` asks for, the most important last."""
+        """Whom a fault hits that ``client`` asks for."""
         node = client.hello.get("node")
         if kind is FaultKind.STORE_KILL:
             return store_of(client.pid)
-        keepers = [
-            each.pid
-            for each in self._clients.values()
-            if each.hello.get("role") == "keeper" and each.hello.get("node") == node
-        ]
         if kind is FaultKind.SIDECAR_KILL:
-            return keepers
+            return self.pids("keeper", node=node)
         if kind is FaultKind.NODE_LOSS:
-            ranks = [
-                each.pid
-                for each in self._clients.values()
-                if each.hello.get("role") == "trainer" and each.hello.get("node") == node
-            ]
             # The agent goes first: seeing its ranks die it would tell the other nodes, which no lost node does.
-            return [pid for pid in (agent_of(client.pid), *ranks, *keepers) if pid > 1]
+            return [
+                *agent_of(client.pid),
+                *self.pids("trainer", node=node),
+                *self.pids("keeper", node=node),
+            ]
         return [client.pid]
