@@ -78,7 +78,7 @@ def test_all_mistakes_are_listed_and_end_with_3(capsys: pytest.CaptureFixture[st
     arguments = [
         "simulate",
         "--mix",
-        "lama",
+        "llama",
         "--gpus",
         "7",
         "--set",
