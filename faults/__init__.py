@@ -1,4 +1,4 @@
-"""Recording, detection and injection of faults. Nothing is built here yet: the room and its import rule stand."""
+"""Faults: injected on purpose (``inject``) and simulated at scale (``simulate``)."""
 
 if not __name__.startswith("distrain."):
     raise ImportError(f"{__name__} is a part of distrain: import distrain.{__name__} instead")
