@@ -113,8 +113,8 @@ class Arena:
             if not go_on():
                 return
             nbytes = min(shared_memory.AT_ONCE, end - start)
+            self._memory.populate(start, nbytes)  # first: large pages come through a mapping only
             os.posix_fallocate(self.fd, start, nbytes)
-            self._memory.populate(start, nbytes)
 
     def slot(self, index: int) -> memoryview:
         """The memory of a slot."""

@@ -139,21 +139,24 @@ def prepare_targets(tracked: Mapping[str, Any], saved: Sequence[str]) -> None:
             continue
         params = {_name_of(p, names, name): p for group in thing.param_groups for p in group["params"]}
         prefix = f"{name}.state."
+        keys: dict[str, list[str]] = defaultdict(list)
         for full in saved:
-            if not full.startswith(prefix):
-                continue
-            param, key = _owner(full.removeprefix(prefix), params)
-            if param is not None and key not in thing.state[param]:
-                thing.state[param][key] = torch.zeros_like(param)
+            if full.startswith(prefix):
+                owner, key = _owner(full.removeprefix(prefix), params)
+                keys[owner].append(key)
+        for owner, param in params.items():  # in their order, which the state then has too
+            for key in keys[owner]:
+                if key not in thing.state[param]:
+                    thing.state[param][key] = torch.zeros_like(param)
 
 
-def _owner(name: str, params: Mapping[str, Tensor]) -> tuple[Tensor | None, str]:
+def _owner(name: str, params: Mapping[str, Tensor]) -> tuple[str, str]:
     """The parameter with whose name ``name`` begins, and the rest; both may have dots in them."""
     end = len(name)
     while (end := name.rfind(".", 0, end)) >= 0:
         if name[:end] in params:
-            return params[name[:end]], name[end + 1 :]
-    return None, ""
+            return name[:end], name[end + 1 :]
+    return "", name
 
 
 def _optimizers(thing: Any) -> Iterator[torch.optim.Optimizer]:

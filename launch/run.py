@@ -4,6 +4,7 @@ Order matters here: everything that can be wrong is checked first; then the port
 the store and the ranks start together; at the end one node tells the story.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from socket import socket
 
@@ -19,7 +21,7 @@ from distrain.core.errors import ConfigError, Problem, raise_if
 from .agent import Agent
 from .emulate import run_emulated
 from .environ import for_ranks
-from .failure import signal_name, summary
+from .failure import NodeReport, first_failure, signal_name, summary
 from .job import plan_workers
 from .options import LaunchOptions, check
 from .output import Console
@@ -29,6 +31,9 @@ from .sidecar import keeper_at, with_keeper
 from .signals import Signals
 from .store import start_store
 from .team import Host, Team, team
+
+REPORT = "DISTRAIN_REPORT"
+"""names a file in which node 0 tells how all ranks ended"""
 
 
 def run_job(
@@ -105,7 +110,7 @@ def run_node(
         for spec in specs:
             ranks.start(spec)
         agent.run(arrived)
-        _tell(agent, others, options=options)
+        _tell(agent, others, options=options, environ=environ)
     return others.code
 
 
@@ -122,10 +127,12 @@ def say(text: str) -> None:
     print(f"[launch] {text}", file=sys.stderr, flush=True)
 
 
-def _tell(agent: Agent, others: Team, *, options: LaunchOptions) -> None:
+def _tell(agent: Agent, others: Team, *, options: LaunchOptions, environ: Mapping[str, str]) -> None:
     """Say how a job ended that did not end well: node 0 for all, another node only what node 0 cannot."""
     reports = [others.reports[node_rank] for node_rank in sorted(others.reports)]
     knows_all = isinstance(others, Host) or len(others.nodes) == 1 or bool(others.trouble)
+    if knows_all and (path := environ.get(REPORT)):
+        _report(Path(path), reports, code=others.code)
     if others.code > 128 and knows_all:
         agent.say(f"stopped by {signal_name(others.code - 128)}")
     elif others.code and knows_all:
@@ -134,6 +141,22 @@ def _tell(agent: Agent, others: Team, *, options: LaunchOptions) -> None:
         agent.tell(summary(exits, trouble=trouble))
     elif others.code and not options.node_name:
         agent.say(f"the job failed: {others.why}; {others.nodes[0]} tells more")
+
+
+def _report(path: Path, reports: Sequence[NodeReport], *, code: int) -> None:
+    """The same as JSON, for whoever started the launcher and asked for it; a disk that refuses is no reason to fail."""
+    first = first_failure(each for report in reports for each in report.exits)
+    told = {
+        "code": code,
+        "first_failure": asdict(first) if first else None,
+        "nodes": [report.to_json() for report in reports],
+    }
+    try:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(told, indent=1))
+        temporary.replace(path)
+    except OSError as error:
+        say(f"the report cannot be written: {error}")
 
 
 @contextmanager

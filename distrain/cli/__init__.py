@@ -41,6 +41,7 @@ class Verb:
 VERBS = {
     "train": Verb("Run", "train the model of a config: plan, launch, train"),
     "launch": Verb("Run", "start a script, module or config on many ranks: torchrun's flags", raw=True),
+    "drill": Verb("Run", "run a job under a fault plan, and score how it comes through"),
     "simulate": Verb("Plan", "goodput of a job under failures, and the best checkpoint interval"),
     "ckpt": Verb("Look", "list, inspect, verify, convert, repair and collect checkpoints"),
     "config": Verb("Look", "show a config as it is resolved, and where each value comes from"),

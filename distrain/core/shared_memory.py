@@ -54,6 +54,8 @@ class Mapping:
         self._writable = writable
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._map = mmap.mmap(fd, nbytes, access=access)
+        with suppress(OSError):  # for kernels that give large pages to shared memory on advice
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         """all of it"""
 

@@ -4,10 +4,12 @@ Every rank runs the same ``Trainer``. It draws the same global batches, computes
 same numbers; only what hooks do with them differs between ranks.
 """
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +56,8 @@ class Trainer:
         dtype, device = DTYPES[config.train.dtype], parallel.device.torch_device
         self._zero = torch.zeros((), dtype=dtype, device=device)
         parallel.device.seed(config.seed)
+        random.seed(config.seed)  # for data and hooks of users
+        np.random.seed(config.seed % 2**32)
         corpus = open_corpus(config.data, vocab_size=self.shape.vocab_size)
         self.train_stream = self._stream(corpus, "train")
         self.validation_stream = self._stream(corpus, "held_out")

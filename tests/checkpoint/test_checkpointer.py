@@ -81,6 +81,8 @@ def test_a_restored_loop_goes_on_to_the_bit(tmp_path: Path, lazy: bool) -> None:
     with second.track(Checkpointer(tmp_path / "run", every=2, lazy=lazy, device="cpu")) as checkpoints:
         assert checkpoints.restore() == 4
         assert [second.step() for _ in range(4)] == expected[4:]
+        params = [param for group in second.optimizer.param_groups for param in group["params"]]
+        assert list(map(id, second.optimizer.state)) == list(map(id, params))
         assert second.notes["seen"] == whole.notes["seen"]
         assert torch.equal(second.notes["history"], whole.notes["history"])
     for name, value in second.model.state_dict().items():

@@ -1,0 +1,191 @@
+"""``distrain drill PLAN JOB``: run a job under a fault plan, launch it again after failures, and score it."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from distrain.core.config import RunConfig
+    from distrain.faults.drill import Command
+    from distrain.faults.inject import JobShape
+    from distrain.faults.score import Score
+
+
+def drill(
+    plan: Annotated[Path, typer.Argument(help="What goes wrong, as TOML or JSON.", show_default=False)],
+    job: Annotated[Path, typer.Argument(help="A run's TOML file, or a training script.", show_default=False)],
+    args: Annotated[
+        list[str] | None, typer.Argument(help="Arguments of the script, after --.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a value of the run.", metavar="K=V")
+    ] = None,
+    ranks: Annotated[int, typer.Option("--ranks", help="Ranks of a script.", min=1)] = 2,
+    emulate_nodes: Annotated[
+        int, typer.Option("--emulate-nodes", help="Local nodes for a script's ranks.", min=1)
+    ] = 1,
+    launches: Annotated[
+        int, typer.Option("--launches", help="How often to start the job at most.", min=1)
+    ] = 4,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", help="Seconds after which a launch counts as hanging.", min=1.0)
+    ] = 900.0,
+    reference: Annotated[
+        bool, typer.Option(help="Also run the job undisturbed, and compare the final states.")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for logs, truth and score.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the score as JSON.")] = False,
+) -> int:
+    """Break a job on purpose, and see what it notices, loses and gets back.
+
+    The drill passes (exit code 0) if every fault fired, every expectation of the plan was met and the job came to its
+    end; a script's own RANK, WORLD_SIZE and so on are those of torchrun.
+
+    \b
+    Examples:
+      distrain drill examples/drills/kill.toml examples/tiny.toml --set train.steps=20 --set checkpoint.every=2
+      distrain drill plan.toml train.py --ranks 4 --emulate-nodes 2 -- --lr 0.1
+      distrain drill plan.toml run.toml --no-reference --json
+    """
+    from distrain.core.errors import raise_if
+    from distrain.faults.drill import Drill, run, to_json
+    from distrain.faults.inject import FaultPlan, check
+
+    faults = FaultPlan.load(plan)
+    if job.suffix == ".toml":
+        shape, command = _run(job, overrides or ())
+    else:
+        shape, command = _script(job, args or (), ranks=ranks, emulate_nodes=emulate_nodes)
+    raise_if(check(faults, shape))
+    folder = (out or Path(tempfile.mkdtemp(prefix=f"drill-{plan.stem}-"))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("sound", "faulty"):
+        (folder / name).mkdir()
+    found = run(
+        Drill(
+            plan=faults,
+            job=shape,
+            command=command,
+            folder=folder,
+            compare=_same_state,
+            max_launches=launches,
+            timeout_s=timeout_s,
+            with_reference=reference,
+            in_run_folder=job.suffix != ".toml",
+        ),
+        say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True),
+    )
+    if as_json:
+        print(json.dumps(to_json(found), indent=1))
+    else:
+        _print(found, folder)
+    return 1 if found.problems else 0
+
+
+def _run(config: Path, overrides: Sequence[str]) -> "tuple[JobShape, Command]":
+    """A run of our own trainer, which saves its last state in any case, so that it can be compared."""
+    from distrain.core.checks import check_run
+    from distrain.core.load import load
+    from distrain.faults.inject import JobShape
+
+    def checked(run: "RunConfig") -> Any:
+        return check_run(run, run.launch.ranks)
+
+    run = load(config, overrides=overrides, check=checked).config
+    saves = [] if run.checkpoint.enabled else [f"checkpoint.every={run.train.steps}"]
+    shape = JobShape(world_size=run.launch.ranks, steps=run.train.steps)
+
+    def command(folder: Path) -> Sequence[str]:
+        sets = [*overrides, *saves, f"run_dir={folder}", "checkpoint.path="]
+        return [sys.executable, "-m", "distrain", "train", str(config), *(f"--set={item}" for item in sets)]
+
+    return shape, command
+
+
+def _script(
+    script: Path, args: Sequence[str], *, ranks: int, emulate_nodes: int
+) -> "tuple[JobShape, Command]":
+    """Somebody's script; its run folder is the working folder of its ranks."""
+    from distrain.core.errors import ConfigError
+    from distrain.faults.inject import JobShape
+
+    if not script.is_file():
+        raise ConfigError(
+            "there is no such script", got=str(script), allowed="a Python file, or a run's TOML"
+        )
+    nodes = ["--emulate-nodes", str(emulate_nodes)] if emulate_nodes > 1 else []
+    words = [
+        sys.executable,
+        "-m",
+        "distrain",
+        "launch",
+        "--nproc-per-node",
+        str(ranks // emulate_nodes),
+        *nodes,
+    ]
+    words += ["-m", "distrain.faults.inject.script", str(script.absolute()), *args]
+    return replace(JobShape(world_size=ranks), num_nodes=emulate_nodes), lambda folder: words
+
+
+def _same_state(sound: Path, faulty: Path) -> bool | None:
+    """Whether the last checkpoints of two runs are equal to the bit; None if there are none.
+
+    The states of random generators are left aside: a job that does not seed one has another in every run.
+    """
+    from distrain.checkpoint.diff import diff
+    from distrain.checkpoint.locate import locate
+    from distrain.checkpoint.tensors import TensorReader
+    from distrain.core.errors import DataError
+
+    try:
+        found = [locate(_checkpoints(folder)) for folder in (sound, faulty)]
+    except DataError:
+        return None
+    if found[0].manifest.step != found[1].manifest.step:
+        return False
+    first, second = (TensorReader(each.storage, each.folder, each.manifest) for each in found)
+    return all(each.what == "object" and each.name == "rng" for each in diff(first, second))
+
+
+def _checkpoints(run: Path) -> Path:
+    """Where a run keeps its checkpoints: a script attaches in a folder of its own."""
+    return next(run.glob("*/checkpoints"), run / "checkpoints")
+
+
+def _print(found: "Score", folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("fault", "on", "step", "noticed as", "suspects", "noticed after", "recovered after", "")
+    for row in found.faults:
+        table.add_row(
+            str(row.kind),
+            str(row.victim),
+            "" if row.step is None else str(row.step),
+            f"{row.detected} ({row.source})" if row.detected else "not noticed" if row.fired_ns else "",
+            ", ".join(map(str, row.suspects)),
+            _seconds(row.detect_s),
+            _seconds(row.recover_s),
+            "; ".join(row.problems) or "ok",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    state = {True: "equal to the bit", False: "different", None: "not compared"}[found.is_equal]
+    console.print(
+        f"{found.num_launches} launches, {found.steps_lost} steps trained twice, goodput {found.goodput:.0%}, "
+        f"final state: {state}; logs and score in {folder}"
+    )
+    for problem in found.problems:
+        console.print(f"failed: {problem}")
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s"

@@ -1,0 +1,166 @@
+"""A drill: run a job, break it as a plan says, launch it again until it is done, and score how it came through.
+
+::
+
+    sound/    the same job undisturbed, for comparison
+    faulty/   the job under faults, launched again after each failure
+    truth/    what the injector did, and when
+    launch-N.json, launch-N.log    how each launch ended, and what it printed
+
+Launching again stands for the recovery of a cluster: what a job gets back from memory or disk by itself is scored so.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from distrain.core.events import read_events
+from distrain.core.vocabulary import IncidentClass
+
+from .inject import FaultPlan, Injector, JobShape, read_truth
+from .score import Attempt, Detection, Score, StepDone, score
+
+REPORT = "DISTRAIN_REPORT"
+"""names the file in which the launcher tells how the ranks ended"""
+GRACE_S = 15.0
+
+Command = Callable[[Path], Sequence[str]]
+"""words that start the job in a run folder"""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drill:
+    """What is run."""
+
+    plan: FaultPlan
+    job: JobShape
+    command: Command
+    folder: Path
+    compare: Callable[[Path, Path], bool | None] = lambda sound, faulty: None
+    """whether two run folders hold the same final state; None if that cannot be said"""
+    max_launches: int = 4
+    timeout_s: float = 900.0
+    """of one launch: a job that hangs is killed then"""
+    with_reference: bool = True
+    in_run_folder: bool = False
+    """whether the job's working folder is its run folder"""
+    environ: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(dict(os.environ)))
+
+
+def run(drill: Drill, *, say: Say = lambda text: None) -> Score:
+    """Carry the drill out; raises what ``Injector`` raises before anything starts."""
+    if drill.with_reference:
+        say("an undisturbed run, for comparison")
+        reference = _launch(drill, drill.folder / "sound", "reference", {})
+        if reference.code:
+            raise RuntimeError(
+                f"the job fails without any fault: exit code {reference.code}; see {drill.folder}/reference.log"
+            )
+    attempts: list[Attempt] = []
+    detections: list[Detection] = []
+    with Injector(drill.plan, drill.folder / "truth") as injector:
+        try:
+            while len(attempts) < drill.max_launches and not (attempts and attempts[-1].code == 0):
+                number = len(attempts) + 1
+                say(f"launch {number} of the job under {len(drill.plan.faults)} faults")
+                attempts.append(
+                    _launch(drill, drill.folder / "faulty", f"launch-{number}", injector.variables)
+                )
+                detections += _launchers_verdict(drill.folder / f"launch-{number}.json")
+        finally:
+            for pid in injector.pids("keeper"):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGTERM)
+    is_equal = None
+    if drill.with_reference and attempts[-1].code == 0:
+        say("comparing the final states")
+        is_equal = drill.compare(drill.folder / "sound", drill.folder / "faulty")
+    found = score(
+        drill.plan,
+        drill.job,
+        truth=read_truth(drill.folder / "truth"),
+        attempts=attempts,
+        detections=detections,
+        is_equal=is_equal,
+    )
+    (drill.folder / "score.json").write_text(json.dumps(to_json(found), indent=1))
+    return found
+
+
+def to_json(found: Score) -> dict[str, Any]:
+    """Plain JSON."""
+    return asdict(found)
+
+
+def _launch(drill: Drill, run_folder: Path, name: str, variables: Mapping[str, str]) -> Attempt:
+    """Start the job once and wait for its end."""
+    report = {REPORT: str(drill.folder / f"{name}.json")}
+    began_ns = time.time_ns()
+    with (drill.folder / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            list(drill.command(run_folder)),
+            env={**drill.environ, **variables, **report},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=run_folder if drill.in_run_folder else None,
+        )
+        try:
+            code = process.wait(drill.timeout_s)
+        except subprocess.TimeoutExpired:
+            code = 128 + signal.SIGKILL
+        finally:
+            _end(process)
+    ended_ns = time.time_ns()
+    return Attempt(
+        began_ns=began_ns, ended_ns=ended_ns, code=code, steps=_steps(run_folder, since_ns=began_ns)
+    )
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Politely first: the launcher takes its ranks along."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+
+
+def _steps(run_folder: Path, *, since_ns: int) -> tuple[StepDone, ...]:
+    """The steps of one launch: its event log has a scalar ``seconds`` for each."""
+    logs = [*run_folder.glob("events.jsonl"), *run_folder.glob("*/events.jsonl")]
+    found = []
+    for event in (event for log in logs for event in read_events(log)):
+        wall_ns = round(event.wall_s * 1e9)
+        if event.name == "seconds" and event.step is not None and wall_ns >= since_ns:
+            found.append(StepDone(step=event.step, wall_ns=wall_ns, seconds=event.value or 0.0))
+    return tuple(found)
+
+
+def _launchers_verdict(report: Path) -> list[Detection]:
+    """What the launcher has noticed: which rank failed first."""
+    if not report.exists():
+        return []
+    first = json.loads(report.read_text())["first_failure"]
+    if first is None:
+        return []
+    return [
+        Detection(
+            incident=IncidentClass.CRASH,
+            suspects=(int(first["rank"]),),
+            wall_ns=round(first["at"] * 1e9),
+            source="launcher",
+        )
+    ]

@@ -1,0 +1,218 @@
+"""How well a job came through its faults: what was done to it against what it noticed, lost and got back. Pure.
+
+Truth comes from the injector (``inject.truth``), what the job noticed from its launcher and, once there are any, its
+detectors; both as plain records with wall-clock nanoseconds. A fault is *detected* by the first detection after it
+that blames its victim or, failing that, by the first one before the next fault; a wrong suspect counts as such.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distrain.core.vocabulary import FaultKind, IncidentClass
+
+from .inject.checks import JobShape, victims
+from .inject.plan import FaultPlan
+from .inject.truth import FIRED, Record
+
+FATAL = frozenset(
+    {
+        FaultKind.PROC_KILL,
+        FaultKind.PROC_EXIT,
+        FaultKind.PROC_EXCEPTION,
+        FaultKind.PROC_OOM,
+        FaultKind.NODE_LOSS,
+        FaultKind.STORE_KILL,
+    }
+)
+"""kinds after which training cannot go on by itself"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """Somebody says that something is wrong."""
+
+    incident: IncidentClass
+    suspects: tuple[int, ...]
+    """global ranks"""
+    wall_ns: int
+    source: str
+    """who says so"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """The end of one training step, as the job reports it."""
+
+    step: int
+    wall_ns: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One launch of the job."""
+
+    began_ns: int
+    ended_ns: int
+    code: int
+    steps: tuple[StepDone, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultScore:
+    """One fault on one victim."""
+
+    fault: int
+    kind: FaultKind
+    victim: int
+    fired_ns: int | None
+    step: int | None
+    detected: IncidentClass | None = None
+    suspects: tuple[int, ...] = ()
+    source: str = ""
+    detect_s: float | None = None
+    recover_s: float | None = None
+    """from the fault until training is further than it was"""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A whole drill."""
+
+    faults: tuple[FaultScore, ...]
+    num_launches: int
+    steps_lost: int
+    """steps that were trained and had to be trained again"""
+    goodput: float
+    """seconds of steps that counted over the seconds of the whole drill"""
+    is_equal: bool | None
+    """whether the final state is that of an undisturbed run, bit for bit; None if that was not compared"""
+    problems: tuple[str, ...]
+    """why the drill failed; none if it passed"""
+
+
+def score(
+    plan: FaultPlan,
+    job: JobShape,
+    *,
+    truth: Sequence[Record],
+    attempts: Sequence[Attempt],
+    detections: Sequence[Detection],
+    is_equal: bool | None,
+) -> Score:
+    """Compare what happened with what the plan asks for."""
+    fired = {(record.fault, record.victim): record for record in truth if record.event == FIRED}
+    failed = {(r.fault, r.victim): str(r.detail.get("reason", "")) for r in truth if r.event == "failed"}
+    faults = []
+    for number, fault in enumerate(plan.faults):
+        for victim in victims(fault, job):
+            if plan.is_drawn(number, victim):
+                key = number, victim
+                row = _row(plan, number, victim, fired.get(key), truth, attempts, detections)
+                if key in failed:
+                    text = f"it could not be carried out: {failed[key]}"
+                    row = replace(row, problems=(*row.problems, text))
+                faults.append(row)
+    problems = [
+        f"fault {row.fault} ({row.kind}) on {row.victim}: {text}" for row in faults for text in row.problems
+    ]
+    if not attempts or attempts[-1].code:
+        code = attempts[-1].code if attempts else "none"
+        problems.append(f"the job did not come to its end: exit code {code} after {len(attempts)} launches")
+    return Score(
+        faults=tuple(faults),
+        num_launches=len(attempts),
+        steps_lost=steps_lost(attempts),
+        goodput=goodput(attempts),
+        is_equal=is_equal,
+        problems=tuple(problems),
+    )
+
+
+def steps_lost(attempts: Sequence[Attempt]) -> int:
+    """Steps that were done more than once."""
+    done = [each.step for attempt in attempts for each in attempt.steps]
+    return len(done) - len(set(done))
+
+
+def goodput(attempts: Sequence[Attempt]) -> float:
+    """Seconds of the last time of each step over those of all launches and what lies between."""
+    if not attempts:
+        return 0.0
+    last: dict[int, float] = {each.step: each.seconds for attempt in attempts for each in attempt.steps}
+    whole_s = (attempts[-1].ended_ns - attempts[0].began_ns) / 1e9
+    return sum(last.values()) / whole_s if whole_s > 0 else 0.0
+
+
+def _row(
+    plan: FaultPlan,
+    number: int,
+    victim: int,
+    record: Record | None,
+    truth: Sequence[Record],
+    attempts: Sequence[Attempt],
+    detections: Sequence[Detection],
+) -> FaultScore:
+    fault = plan.faults[number]
+    if record is None:
+        return FaultScore(
+            fault=number,
+            kind=fault.kind,
+            victim=victim,
+            fired_ns=None,
+            step=None,
+            problems=("it did not fire",),
+        )
+    found = _detection(record, truth, detections)
+    detect_s = (found.wall_ns - record.wall_ns) / 1e9 if found else None
+    expect, problems = fault.expect, []
+    if expect.incident is not None:
+        if found is None:
+            problems.append(f"nobody noticed; expected {expect.incident}")
+        elif found.incident is not expect.incident:
+            problems.append(f"taken for {found.incident}; expected {expect.incident}")
+    if found and expect.suspects and not set(expect.suspects) & set(found.suspects):
+        problems.append(f"{list(found.suspects)} were blamed; expected {list(expect.suspects)}")
+    if expect.within_s is not None and (detect_s is None or detect_s > expect.within_s):
+        took = "never" if detect_s is None else f"after {detect_s:.1f} s"
+        problems.append(f"noticed {took}; expected within {expect.within_s:g} s")
+    return FaultScore(
+        fault=number,
+        kind=fault.kind,
+        victim=victim,
+        fired_ns=record.wall_ns,
+        step=record.step,
+        detected=found.incident if found else None,
+        suspects=found.suspects if found else (),
+        source=found.source if found else "",
+        detect_s=detect_s,
+        recover_s=_recovery(record, attempts) if fault.kind in FATAL or found else None,
+        problems=tuple(problems),
+    )
+
+
+def _detection(record: Record, truth: Sequence[Record], detections: Sequence[Detection]) -> Detection | None:
+    """Who noticed this fault first."""
+    later = sorted((d for d in detections if d.wall_ns >= record.wall_ns), key=lambda d: d.wall_ns)
+    next_ns = min(
+        (r.wall_ns for r in truth if r.event == FIRED and r.wall_ns > record.wall_ns), default=math.inf
+    )
+    blamed = (d for d in later if record.victim in d.suspects)
+    return next(blamed, next((d for d in later if d.wall_ns < next_ns), None))
+
+
+def _recovery(record: Record, attempts: Sequence[Attempt]) -> float | None:
+    """Seconds from the fault until a step is done that had not been done before it."""
+    # After a fatal fault only a later launch can go on; its own may still report the step before.
+    is_fatal = record.kind in FATAL
+    before: list[StepDone] = []
+    after: list[StepDone] = []
+    for attempt in attempts:
+        for each in attempt.steps:
+            is_later = (attempt.began_ns if is_fatal else each.wall_ns) > record.wall_ns
+            (after if is_later else before).append(each)
+    reached = max((each.step for each in before), default=0)
+    ahead = [each.wall_ns for each in after if each.step > reached]
+    return (min(ahead) - record.wall_ns) / 1e9 if ahead else None

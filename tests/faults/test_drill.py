@@ -1,0 +1,132 @@
+"""``distrain drill`` on real jobs: a trainer, and a script that knows of nothing, are broken, come back, are scored."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distrain.faults.inject import FaultPlan
+from helpers.keeper_processes import keepers_of, kill_keepers
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+
+CONFIG = """
+run_dir = "{run}"
+[data]
+source = "text"
+path = "{corpus}"
+seq_len = 32
+global_batch = 4
+held_out = 0.2
+[train]
+steps = 8
+eval_sequences = 4
+[launch]
+ranks = 2
+device = "cpu"
+[checkpoint]
+every = 2
+"""
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+import distrain
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.AdamW(model.parameters(), lr=float(sys.argv[1]))
+run = distrain.attach("mine", every=2, device="cpu", model=model, optimizer=optimizer)
+for step in range(run.restore(), 6):
+    optimizer.zero_grad()
+    loss = model(torch.full((2, 4), step + 1.0)).square().mean()
+    loss.backward()
+    for param in model.parameters():
+        dist.all_reduce(param.grad)
+    optimizer.step()
+    run.step(step + 1, loss=loss.item(), seconds=0.01)
+run.close()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(8):
+        words = (f"{number * i % 97} {'abcdefgh'[i % 8] * (i % 5)}" for i in range(200))
+        (corpus / f"{number}.txt").write_text(" ".join(words))
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG.format(run=tmp_path / "run", corpus=corpus))
+    return path
+
+
+def drill(folder: Path, plan: FaultPlan, *words: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, score and stderr of a drill, whose keepers live in a folder of their own and must be gone."""
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan.to_json()))
+    options = ["--json", "--out", str(folder / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "distrain", "drill", str(path), *options, *words],
+        env=os.environ | {"XDG_RUNTIME_DIR": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    left = keepers_of(folder)
+    kill_keepers(folder)
+    assert not left, "a keeper is left behind"
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+def test_a_killed_trainer_comes_back_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    plan = FaultPlan().kill(ranks=[1]).at(step=5).expect("crash", suspects=[1], within_s=30.0)
+    code, score, errors = drill(tmp_path, plan, str(config))
+    assert code == 0, errors
+    (row,) = score["faults"]
+    assert (row["detected"], row["suspects"], row["source"]) == ("crash", [1], "launcher")
+    assert row["step"] == 5 and row["detect_s"] < row["recover_s"]
+    assert score["num_launches"] == 2 and score["is_equal"] is True
+    assert score["steps_lost"] <= 4  # step 4 is in memory, at worst step 2
+    assert 0 < score["goodput"] < 1
+
+
+def test_a_fault_that_changes_numbers_is_seen_in_the_final_state_and_missed_by_all(
+    config: Path, tmp_path: Path
+) -> None:
+    plan = FaultPlan().inject("numeric.zero", ranks=[0]).at(step=3).expect("numeric")
+    code, score, _ = drill(tmp_path, plan, str(config))
+    assert code == 1 and score["is_equal"] is False
+    assert score["problems"] == ["fault 0 (numeric.zero) on 0: nobody noticed; expected numeric"]
+
+
+def test_a_fault_that_never_fires_fails_the_drill(config: Path, tmp_path: Path) -> None:
+    plan = FaultPlan().inject("comm.delay", ranks=[0]).at(step=8, op=100_000)
+    code, score, _ = drill(tmp_path, plan, str(config), "--no-reference")
+    assert code == 1 and score["is_equal"] is None
+    assert score["problems"] == ["fault 0 (comm.delay) on 0: it did not fire"]
+
+
+def test_a_script_that_knows_of_nothing_is_killed_in_its_step_and_resumes(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    plan = FaultPlan().kill(ranks=[0]).at(step=4).expect("crash", suspects=[0])
+    code, score, errors = drill(tmp_path, plan, str(script), "--ranks", "2", "--", "0.1")
+    assert code == 0, errors
+    assert [row["step"] for row in score["faults"]] == [4]
+    assert score["num_launches"] == 2 and score["is_equal"] is True
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_starts(config: Path, tmp_path: Path) -> None:
+    plan = FaultPlan().kill(ranks=[7]).at(step=99).inject("net.loss", link=(0, 1))
+    code, _, errors = drill(tmp_path, plan, str(config))
+    assert code == 3 and not (tmp_path / "out").exists()
+    assert "ranks that there are not" in errors and "cannot be injected yet" in errors
