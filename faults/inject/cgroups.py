@@ -7,6 +7,7 @@ owner that was killed are found by name, and taken away by the next ``find_contr
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def find_controller(name: str, *, mounts: Path = MOUNTS) -> Controller | None:
     """The controller ``cpu``, ``memory`` or ``freezer``, if this process may use it."""
     for controller in _candidates(name, mounts):
         try:
-            probe = Group(controller, "probe")
+            probe = Group(controller)
         except OSError:
             continue
         is_usable = (probe.path / _KNOBS[name][controller.version - 1]).exists()
@@ -82,17 +83,17 @@ def _sweep(controller: Controller) -> None:
         owner = path.name.removeprefix(f"{PREFIX}-").split("-")[0]
         if not Path("/proc", owner).exists():
             with contextlib.suppress(OSError):
-                Group(controller, "", path=path).close()
+                Group(controller, path=path).close()
 
 
 class Group:
     """A group of processes. All methods raise OSError."""
 
-    def __init__(self, controller: Controller, name: str, *, path: Path | None = None) -> None:
+    def __init__(self, controller: Controller, *, path: Path | None = None) -> None:
         """Make a group, or take over the one at ``path``."""
         self._controller = controller
         self._homes: dict[int, Path] = {}
-        self.path = path or controller.root / f"{PREFIX}-{os.getpid()}-{name}"
+        self.path = path or controller.root / f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
         if path is None:
             self.path.mkdir()
 

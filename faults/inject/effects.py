@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +24,6 @@ STOPPED_WITHIN_S = 5.0
 LOOK_S = 0.1
 """between two looks whether a frozen process is to be killed"""
 DUTY_PERIOD_S = 0.1
-_NAMES = count()  # of groups: two of one name cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ def freeze(hit: Hit) -> Undo:
     Only the hang is wanted, not its consequence for whoever cleans up: a process that is being killed is let go.
     """
     (pid,) = hit.pids
-    group = Group(_needed("freezer"), str(next(_NAMES)))
+    group = Group(_needed("freezer"))
     try:
         group.join(pid)
         group.freeze()
@@ -93,7 +91,7 @@ def throttle(hit: Hit) -> Undo:
     controller = find_controller("cpu")
     if controller is None:
         return _DutyCycle(pid, quota, hit.timers).end
-    group = Group(controller, str(next(_NAMES)))
+    group = Group(controller)
     try:
         group.limit_cpu(quota)
         group.join(pid)
@@ -106,7 +104,7 @@ def throttle(hit: Hit) -> Undo:
 def starve(hit: Hit) -> Undo:
     """Let a process have little more memory than it has; what it asks for beyond that ends it."""
     (pid,) = hit.pids
-    group = Group(_needed("memory"), str(next(_NAMES)))
+    group = Group(_needed("memory"))
     try:
         group.limit_memory(hit.param("headroom_mib") << 20)
         group.join(pid)

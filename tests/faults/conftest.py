@@ -1,5 +1,6 @@
 """A job of victims, of which nothing is left when the test is over."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,4 +16,4 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     yield found
     for victim in found.victims:
         victim.end()
-    assert left_groups() == []
+    assert left_groups(os.getpid()) == []

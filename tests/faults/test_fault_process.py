@@ -12,7 +12,7 @@ import pytest
 from distrain.core.errors import ConfigError
 from distrain.faults.inject import FaultPlan, arm, effects
 from distrain.faults.inject.capabilities import probe
-from helpers.victims import Scene, wait_until
+from helpers.victims import Scene, left_groups, wait_until
 
 pytestmark = pytest.mark.processes
 
@@ -133,8 +133,9 @@ def num_oom_kills() -> int:
     """Processes that died of it in control groups of ours."""
     files = [
         path
-        for name in ("memory.oom_control", "memory.events")
-        for path in Path("/sys/fs/cgroup").glob(f"**/distrain-fault-*/{name}")
+        for group in left_groups(os.getpid())
+        for path in (group / "memory.oom_control", group / "memory.events")
+        if path.exists()
     ]
     words = [line.split() for path in files for line in path.read_text().splitlines()]
     return sum(int(value) for key, value in words if key == "oom_kill")

@@ -98,7 +98,7 @@ OWNER = """
 import subprocess, sys, time
 from distrain.faults.inject.cgroups import Group, find_controller
 
-group = Group(find_controller("freezer"), "test")
+group = Group(find_controller("freezer"))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
 group.join(child.pid)
 group.freeze()
@@ -118,10 +118,10 @@ def test_what_a_killed_injector_has_frozen_is_let_go_by_the_next(tmp_path: Path)
         assert owner.stdout
         pid = int(owner.stdout.readline())
         owner.kill()
-    assert left_groups()
+    assert left_groups(owner.pid)
     os.kill(pid, 9)  # waits until the process may run
     assert find_controller("freezer")
-    assert left_groups() == []
+    assert left_groups(owner.pid) == []
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "end of the frozen process")
 
 
@@ -131,7 +131,7 @@ def test_a_group_gives_back_the_processes_that_it_had(tmp_path: Path) -> None:
         pytest.skip("no control group with the cpu controller can be made")
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]) as child:
         before = Path(f"/proc/{child.pid}/cgroup").read_text()
-        with Group(controller, "test") as group:
+        with Group(controller) as group:
             group.join(child.pid)
             assert str(child.pid) in (group.path / "cgroup.procs").read_text().split()
         assert Path(f"/proc/{child.pid}/cgroup").read_text() == before

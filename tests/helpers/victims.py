@@ -117,6 +117,6 @@ class Scene:
         return self.records(event)
 
 
-def left_groups() -> list[Path]:
-    """Control groups of ours."""
-    return [path for path in CGROUPS.glob("**/distrain-fault-*") if path.is_dir()]
+def left_groups(owner: int) -> list[Path]:
+    """Control groups that a process has made."""
+    return [path for path in CGROUPS.glob(f"**/distrain-fault-{owner}-*") if path.is_dir()]
