@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from distrain.core.errors import Problem, nearest
+from distrain.core.vocabulary import FaultKind
 
 from .capabilities import HINTS, Capabilities, probe
 from .kinds import KINDS, Engine, KindSpec, Lasting, Victim
-from .plan import BETWEEN, IN_COLLECTIVE, Fault, FaultPlan
+from .plan import BETWEEN, IN_COLLECTIVE, Fault, FaultPlan, Target
 
-Numbered = Sequence[tuple[int, Fault]]
-"""faults with their numbers in the plan"""
 ROLES = ("trainer", "keeper")
 
 
@@ -36,27 +35,65 @@ class JobShape:
         return rank * self.num_nodes // self.world_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A fault as far as it could be read."""
+
+    number: int
+    """in the plan"""
+    fault: Fault | None
+    """None if its kind is unknown"""
+    target: Target
+    unread: frozenset[str] = frozenset()
+    """fields that could not be read, and must not be blamed for having their defaults"""
+
+    @property
+    def name(self) -> str:
+        """What problems call it."""
+        return f"faults[{self.number}]" + (f", {self.fault.kind}," if self.fault else "")
+
+
 def check(plan: FaultPlan, job: JobShape, *, capabilities: Capabilities | None = None) -> list[Problem]:
     """Everything that keeps ``plan`` from being carried out on ``job``; the machine is probed if need be."""
-    return check_numbered(list(enumerate(plan.faults)), job, capabilities=capabilities)
+    entries = [Entry(number=n, fault=fault, target=fault.target) for n, fault in enumerate(plan.faults)]
+    return check_entries(entries, job, capabilities=capabilities)
 
 
-def check_numbered(faults: Numbered, job: JobShape, *, capabilities: Capabilities | None) -> list[Problem]:
-    """``check`` for faults of which some are missing."""
+def check_entries(
+    entries: Sequence[Entry], job: JobShape, *, capabilities: Capabilities | None
+) -> list[Problem]:
+    """``check`` for a plan of which some could not be read."""
+    faults = [entry.fault for entry in entries if entry.fault]
     if capabilities is None:  # control groups are only tried where somebody wants one
-        wanted = any(KINDS[fault.kind].needs for _, fault in faults)
+        wanted = any(KINDS[fault.kind].needs for fault in faults)
         capabilities = probe() if wanted else Capabilities()
     problems: list[Problem] = []
-    for number, fault in faults:
-        spec, name = KINDS[fault.kind], f"faults[{number}], {fault.kind},"
-        if spec.refused:
-            ready = ", ".join(kind for kind, each in KINDS.items() if not each.refused)
-            problems.append(Problem(f"{name} cannot be injected yet", spec.refused, ready))
-            continue
-        for part in (_target, _place, _time, _lasting, _params, _expectation):
-            problems += part(name, fault, spec, job)
-        problems += _privileges(name, spec, capabilities)
-    return [*problems, *_overlaps(faults, job)]
+    for entry in entries:
+        problems += _existence(entry.name, entry.target, job)
+        if entry.fault:
+            problems += _one(entry, entry.fault, job, capabilities)
+    whole = [(entry, entry.fault) for entry in entries if entry.fault and not entry.unread & {"target", "at"}]
+    return [*problems, *_overlaps(whole, job)]
+
+
+def _one(entry: Entry, fault: Fault, job: JobShape, capabilities: Capabilities) -> Iterator[Problem]:
+    """What is wrong with one fault."""
+    spec, name = KINDS[fault.kind], entry.name
+    if spec.refused:
+        ready = ", ".join(kind for kind, each in KINDS.items() if not each.refused)
+        yield Problem(f"{name} cannot be injected yet", spec.refused, ready)
+        return
+    parts = {
+        "target": (_target, _place),
+        "at": (_time,),
+        "duration_s": (_lasting,),
+        "params": (_params,),
+        "expect": (_expectation,),
+    }
+    for field, checks in parts.items():
+        for part in checks if field not in entry.unread else ():
+            yield from part(name, fault, spec, job)
+    yield from _privileges(name, spec, capabilities)
 
 
 def victims(fault: Fault, job: JobShape) -> tuple[int, ...]:
@@ -71,8 +108,7 @@ def victims(fault: Fault, job: JobShape) -> tuple[int, ...]:
 # -- one fault -----------------------------------------------------------------------------------------------
 
 
-def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
-    target = fault.target
+def _existence(name: str, target: Target, job: JobShape) -> Iterator[Problem]:
     ranks = [rank for rank in target.ranks if not 0 <= rank < job.world_size]
     if ranks:
         yield Problem(f"{name} hits ranks that there are not", str(ranks), f"0 to {job.world_size - 1}")
@@ -83,6 +119,10 @@ def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[
             f"0 to {job.num_nodes - 1}",
             "" if job.num_nodes > 1 else "--emulate-nodes N",
         )
+
+
+def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
+    target = fault.target
     if target.link is not None:
         yield Problem(f"{name} hits no link", f"link = {list(target.link)}", "no link")
     if target.role and target.role not in ROLES:
@@ -100,9 +140,9 @@ def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[
             f"ranks = {list(target.ranks)}",
             "a node, or role = trainer",
         )
-    if fault.kind.value in ("node.loss",) and job.num_nodes == 1:
+    if fault.kind is FaultKind.NODE_LOSS and job.num_nodes == 1:
         yield Problem(f"{name} would leave nobody", "1 node", "2 nodes or more", "--emulate-nodes 2")
-    if (spec.victim is Victim.WRITER or fault.kind == "sidecar.kill") and not job.has_checkpoints:
+    if (spec.victim is Victim.WRITER or fault.kind is FaultKind.SIDECAR_KILL) and not job.has_checkpoints:
         yield Problem(f"{name} has nothing to hit", "the job saves no checkpoints", hint="checkpoint.every")
 
 
@@ -178,14 +218,14 @@ def _privileges(name: str, spec: KindSpec, capabilities: Capabilities) -> Iterat
 # -- two faults ----------------------------------------------------------------------------------------------
 
 
-def _overlaps(faults: Numbered, job: JobShape) -> Iterator[Problem]:
+def _overlaps(faults: Sequence[tuple[Entry, Fault]], job: JobShape) -> Iterator[Problem]:
     for (first, one), (second, other) in combinations(faults, 2):
         claim = KINDS[one.kind].exclusive
         if not claim or claim != KINDS[other.kind].exclusive or not _meet(one, other):
             continue
         if shared := sorted(set(_hit(one, job)) & set(_hit(other, job))):
             yield Problem(
-                f"faults[{first}], {one.kind}, and faults[{second}], {other.kind}, claim the same {claim}",
+                f"{first.name} and {second.name} claim the same {claim}",
                 f"ranks {shared}, {_when(one)} and {_when(other)}",
                 "one at a time",
             )

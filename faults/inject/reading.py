@@ -1,7 +1,6 @@
 """From a TOML or JSON file to a FaultPlan, with every problem of the file at once.
 
-A fault that cannot be read is left out, so that what is wrong with the others is still found; faults keep their
-numbers in what is said of them.
+What cannot be read has its default and is noted as unread, so that everything else that is wrong is still found.
 """
 
 import json
@@ -16,7 +15,7 @@ from distrain.core.errors import ConfigError, Problem, nearest, raise_if
 from distrain.core.vocabulary import FaultKind, IncidentClass
 
 from .capabilities import Capabilities
-from .checks import JobShape, Numbered, check_numbered
+from .checks import Entry, JobShape, check_entries
 from .plan import VERSION, At, Expect, Fault, FaultPlan, Target
 
 _Schema = Mapping[str, tuple[Callable[[Any], Any], str]]
@@ -39,44 +38,52 @@ def load(path: Path, *, job: JobShape | None, capabilities: Capabilities | None)
         form = path.suffix[1:].upper()
         raise ConfigError(f"the fault plan is not valid {form}", got=f"{path}: {error}") from None
     problems: list[Problem] = []
-    seed, numbered = _read(tables, problems)
+    seed, entries = _read(tables, problems)
     if job is not None:
-        problems += check_numbered(numbered, job, capabilities=capabilities)
+        problems += check_entries(entries, job, capabilities=capabilities)
     raise_if(problems)
-    return FaultPlan(tuple(fault for _, fault in numbered), seed=seed)
+    return _plan(seed, entries)
 
 
 def parse(tables: Any) -> FaultPlan:
     """``FaultPlan.from_json``."""
     problems: list[Problem] = []
-    seed, numbered = _read(tables, problems)
+    seed, entries = _read(tables, problems)
     raise_if(problems)
-    return FaultPlan(tuple(fault for _, fault in numbered), seed=seed)
+    return _plan(seed, entries)
 
 
-def _read(tables: Any, problems: list[Problem]) -> tuple[int, Numbered]:
-    """Seed and faults by number; what cannot be read becomes a problem."""
+def _plan(seed: int, entries: Sequence[Entry]) -> FaultPlan:
+    return FaultPlan(tuple(entry.fault for entry in entries if entry.fault), seed=seed)
+
+
+def _read(tables: Any, problems: list[Problem]) -> tuple[int, list[Entry]]:
+    """Seed and faults; what cannot be read becomes a problem."""
     found = _fields(tables, _PLAN, "", problems)
     if found.get("version", VERSION) != VERSION:
         problems.append(Problem("the plan has another version", str(found["version"]), str(VERSION)))
-    faults = (
-        (number, _fault(table, number, problems)) for number, table in enumerate(found.get("faults", ()))
-    )
-    return found.get("seed", 0), [(number, fault) for number, fault in faults if fault]
+    faults = enumerate(found.get("faults", ()))
+    return found.get("seed", 0), [_entry(table, number, problems) for number, table in faults]
 
 
-def _fault(table: Any, number: int, problems: list[Problem]) -> Fault | None:
-    place, before = f"faults[{number}]", len(problems)
+def _entry(table: Any, number: int, problems: list[Problem]) -> Entry:
+    place, unread = f"faults[{number}]", set()
     found = _fields(table, _FAULT, place, problems)
-    if isinstance(table, Mapping) and "kind" not in table:
-        problems.append(Problem(f"{place} has no kind", allowed=", ".join(FaultKind)))
+    if isinstance(table, Mapping):
+        unread |= table.keys() - found.keys()
+        if "kind" not in table:
+            problems.append(Problem(f"{place} has no kind", allowed=", ".join(FaultKind)))
     for name, schema, form in (("target", _TARGET, Target), ("at", _AT, At), ("expect", _EXPECT, Expect)):
         if name in found:
+            before = len(problems)
             found[name] = form(**_fields(found[name], schema, f"{place}.{name}", problems))
-    if "kind" not in found:
-        return None
-    # Parts that are wrong have their defaults, which must not be blamed for what follows from them.
-    return None if len(problems) > before else Fault(**found)
+            unread |= {name} if len(problems) > before else set()
+    return Entry(
+        number=number,
+        fault=Fault(**found) if "kind" in found else None,
+        target=found.get("target", Target()),
+        unread=frozenset(unread),
+    )
 
 
 def _fields(table: Any, schema: _Schema, place: str, problems: list[Problem]) -> dict[str, Any]:

@@ -97,9 +97,10 @@ def test_everything_wrong_with_a_file_is_in_one_message(tmp_path: Path) -> None:
         sed = 7
         [[faults]]
         kind = "proc.sigkil"
-        target = { rank = [1] }
+        target = { rank = [1], node = 3 }
         [[faults]]
         kind = "proc.sigstop"
+        params = { quota = 0.5 }
         target = { ranks = "1" }
         at = { step = 1.5 }
         duration = 3
@@ -123,6 +124,8 @@ def test_everything_wrong_with_a_file_is_in_one_message(tmp_path: Path) -> None:
         "faults[1].at.step cannot be this",
         "faults[1].expect.incident cannot be this",
         "faults[2] has no kind",
+        "faults[0] hits a node that there is not",
+        "faults[1], proc.sigstop, has no parameter quota",
         "faults[3], numeric.nan, hits ranks that there are not",
     ]
     for hint in (
