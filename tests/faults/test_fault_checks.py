@@ -1,5 +1,9 @@
 """Plans that cannot be carried out are refused before anything starts: all problems in one message."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from distrain.core.errors import ConfigError, raise_if
@@ -170,3 +174,21 @@ def test_the_probe_says_how_and_leaves_nothing() -> None:
     found = probe().found
     assert all(how.startswith("cgroup v") for how in found.values())
     assert not any(probe().lacks(name) for name in found)
+
+
+def test_the_page_on_faults_lists_every_kind_that_is_built_with_its_parameters() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/faults.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    listed = {row[1].strip(" `"): (set(re.findall(r"`(\w+)`", row[2])), row[3].strip()) for row in rows}
+    assert listed == {
+        str(kind): (set(spec.params), "" if spec.lasting == "not" else str(spec.lasting))
+        for kind, spec in KINDS.items()
+        if not spec.refused
+    }
+
+
+def test_the_plan_on_the_page_is_one_that_can_be_carried_out() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/faults.md").read_text()
+    plan = FaultPlan.from_json(tomllib.loads(page.split("```toml")[1].split("```")[0]))
+    assert len(plan.faults) == 1
+    assert errors(plan) == []
