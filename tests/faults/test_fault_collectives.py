@@ -289,3 +289,18 @@ def test_a_rank_is_killed_inside_its_third_collective(tmp_path: Path) -> None:
     assert caught.value.first == 1 and "SIGKILL" in caught.value.failures[1]
     (record,) = read_truth(tmp_path / "truth")
     assert record.pid != os.getpid()
+
+
+def issued_faster_than_they_end(rank: int, world_size: int) -> int:
+    from distrain.faults.inject.engines.intercept import watch_collectives
+
+    with ExitStack() as stack:
+        watch_collectives(stack)
+        for number in range(3000):
+            # Once it has ended, nobody but the thread that carried it out holds what is sent, and the next begins.
+            dist.all_gather([torch.zeros(1) for _ in range(world_size)], torch.ones(1) * number)
+        return number
+
+
+def test_the_seam_never_waits_for_a_thread_that_waits_for_it() -> None:
+    assert run_ranks(issued_faster_than_they_end, 2) == [2999, 2999]

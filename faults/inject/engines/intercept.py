@@ -7,7 +7,7 @@ recorder can take this place later: what faults are written against is ``Around`
 """
 
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,16 +52,25 @@ OPERATORS: Mapping[str, str] = MappingProxyType(
 """operators of c10d by the names that ``CollectiveCall`` has for them"""
 
 
+KEPT = 64
+"""collectives whose tensors and work are kept. A kernel is called with the interpreter's lock held, which a thread of
+gloo wants when it is the last to let go of a tensor, with a lock in its hands for which the kernel waits"""
+
+
 class Issue:
     """Issues one collective; what it returns is what the operator does, with ``wait`` not called yet."""
 
-    def __init__(self, operator: str, kernel: Any, keyset: torch._C.DispatchKeySet) -> None:
+    def __init__(
+        self, operator: str, kernel: Any, keyset: torch._C.DispatchKeySet, kept: "deque[Any]"
+    ) -> None:
         self._schema = getattr(torch.ops.c10d, operator).default._schema
-        self._kernel, self._keyset = kernel, keyset
+        self._kernel, self._keyset, self._kept = kernel, keyset, kept
 
     def __call__(self, *arguments: Any) -> Any:
         """Issue it with these arguments of its operator."""
-        return self._kernel.call_boxed(self._keyset, *arguments)
+        result = self._kernel.call_boxed(self._keyset, *arguments)
+        self._kept.append((arguments, result))
+        return result
 
     def is_async(self, arguments: Sequence[Any]) -> bool:
         """Whether the caller goes on before the result is there; torch leaves the default, true, out."""
@@ -89,6 +98,7 @@ def intercept(around: Around, stack: ExitStack) -> None:
     library = torch.library.Library("c10d", "IMPL")
     stack.callback(library._destroy)
     sequences: Counter[str] = Counter()
+    kept: deque[Any] = deque(maxlen=KEPT)
     keys = ["CPU", *(["CUDA"] if torch.cuda.is_available() else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is a kernel already: that is the point
@@ -96,7 +106,7 @@ def intercept(around: Around, stack: ExitStack) -> None:
             place = _group_argument(operator)
             for key in keys:
                 kernel = torch.library.get_kernel(f"c10d::{operator}", key)
-                ours = partial(_pass, kernel, around, operator, place, sequences)
+                ours = partial(_pass, kernel, around, operator, place, sequences, kept)
                 library.impl(operator, ours, key, with_keyset=True)
 
 
@@ -130,6 +140,7 @@ def _pass(
     operator: str,
     place: int,
     sequences: "Counter[str]",
+    kept: "deque[Any]",
     keyset: torch._C.DispatchKeySet,
     *arguments: Any,
 ) -> Any:
@@ -142,7 +153,7 @@ def _pass(
         num_bytes=sum(tensor.nbytes for tensor in tensors_in(arguments[0])),
     )
     sequences[group] += 1
-    return around(call, arguments, Issue(operator, kernel, keyset))
+    return around(call, arguments, Issue(operator, kernel, keyset, kept))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
