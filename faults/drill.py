@@ -10,11 +10,8 @@
 Launching again stands for the recovery of a cluster: what a job gets back from memory or disk by itself is scored so.
 """
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,12 +22,9 @@ from typing import Any
 from distrain.core.events import read_events
 from distrain.core.vocabulary import IncidentClass
 
+from .command import REPORT, end_all, first_failure, run_command
 from .inject import FaultPlan, Injector, JobShape, read_truth
 from .score import Attempt, Detection, Score, StepDone, score
-
-REPORT = "DISTRAIN_REPORT"
-"""names the file in which the launcher tells how the ranks ended"""
-GRACE_S = 15.0
 
 Command = Callable[[Path], Sequence[str]]
 """words that start the job in a run folder"""
@@ -77,9 +71,7 @@ def run(drill: Drill, *, say: Say = lambda text: None) -> Score:
                 )
                 detections += _launchers_verdict(drill.folder / f"launch-{number}.json")
         finally:
-            for pid in injector.pids("keeper"):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGTERM)
+            end_all(injector.pids("keeper"))
     is_equal = None
     if drill.with_reference and attempts[-1].code == 0:
         say("comparing the final states")
@@ -103,39 +95,17 @@ def to_json(found: Score) -> dict[str, Any]:
 
 def _launch(drill: Drill, run_folder: Path, name: str, variables: Mapping[str, str]) -> Attempt:
     """Start the job once and wait for its end."""
-    report = {REPORT: str(drill.folder / f"{name}.json")}
     began_ns = time.time_ns()
-    with (drill.folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            list(drill.command(run_folder)),
-            env={**drill.environ, **variables, **report},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=run_folder if drill.in_run_folder else None,
-        )
-        try:
-            code = process.wait(drill.timeout_s)
-        except subprocess.TimeoutExpired:
-            code = 128 + signal.SIGKILL
-        finally:
-            _end(process)
-    ended_ns = time.time_ns()
-    return Attempt(
-        began_ns=began_ns, ended_ns=ended_ns, code=code, steps=_steps(run_folder, since_ns=began_ns)
+    code = run_command(
+        drill.command(run_folder),
+        environ={**drill.environ, **variables, REPORT: str(drill.folder / f"{name}.json")},
+        log=drill.folder / f"{name}.log",
+        timeout_s=drill.timeout_s,
+        cwd=run_folder if drill.in_run_folder else None,
     )
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Politely first: the launcher takes its ranks along."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+    ended_ns = time.time_ns()
+    steps = _steps(run_folder, since_ns=began_ns)
+    return Attempt(began_ns=began_ns, ended_ns=ended_ns, code=code, steps=steps)
 
 
 def _steps(run_folder: Path, *, since_ns: int) -> tuple[StepDone, ...]:
@@ -151,16 +121,8 @@ def _steps(run_folder: Path, *, since_ns: int) -> tuple[StepDone, ...]:
 
 def _launchers_verdict(report: Path) -> list[Detection]:
     """What the launcher has noticed: which rank failed first."""
-    if not report.exists():
-        return []
-    first = json.loads(report.read_text())["first_failure"]
+    first = first_failure(report)
     if first is None:
         return []
-    return [
-        Detection(
-            incident=IncidentClass.CRASH,
-            suspects=(int(first["rank"]),),
-            wall_ns=round(first["at"] * 1e9),
-            source="launcher",
-        )
-    ]
+    suspects, wall_ns = (int(first["rank"]),), round(first["at"] * 1e9)
+    return [Detection(incident=IncidentClass.CRASH, suspects=suspects, wall_ns=wall_ns, source="launcher")]

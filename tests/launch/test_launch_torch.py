@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from distrain.launch.environ import HEAP
+
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 Launch = Callable[..., Any]
 Script = Callable[[str], str]
 AllGone = Callable[[list[int]], None]
 
 SHOW = "import json; print(json.dumps([rank, sys.argv[1:], dict(os.environ)]))"
-OURS = {"DISTRAIN_NODE", "DISTRAIN_JOB", "DISTRAIN_JOB_KEY", "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER"}
+OURS = {"DISTRAIN_NODE", "DISTRAIN_JOB", "DISTRAIN_JOB_KEY", "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", *HEAP}
 FREE = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"}
 """they must be there; their values are the launcher's to choose"""
 LEAKS = {"TORCHELASTIC_SIGNALS_TO_HANDLE", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "CUDA_MODULE_LOADING"}

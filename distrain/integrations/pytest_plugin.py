@@ -1,0 +1,105 @@
+"""Fixtures for a test suite of one's own: real ranks on this machine, and faults to break them with.
+
+::
+
+    # conftest.py
+    pytest_plugins = ["distrain.integrations.pytest_plugin"]
+
+    def test_training_survives(local_cluster, fault_plan):
+        cluster = local_cluster(ranks=4, nodes=2)
+        broken = cluster.run("train.py", plan=fault_plan.kill(ranks=[3]).at(step=5))
+        assert broken.first_failure["rank"] == 3
+        assert cluster.run("train.py").code == 0      # resumes: the working folder is the same
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distrain.core.errors import ConfigError, raise_if
+from distrain.faults.command import REPORT, end_all, first_failure, run_command
+from distrain.faults.inject import FaultPlan, Injector, JobShape, Record, check, read_truth
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one run ended."""
+
+    code: int
+    """the launcher's exit code"""
+    output: str
+    """of launcher and ranks"""
+    truth: tuple[Record, ...]
+    """what the faults did, and when"""
+    first_failure: Mapping[str, Any] | None
+    """rank, error and so on of the rank that failed first"""
+
+
+class LocalCluster:
+    """Ranks on this machine, spread over emulated nodes; runs follow each other in one working folder."""
+
+    def __init__(self, folder: Path, *, ranks: int, nodes: int) -> None:
+        if ranks < 1 or nodes < 1 or ranks % nodes:
+            raise ConfigError(
+                "ranks cannot be spread over the nodes",
+                got=f"{ranks} ranks, {nodes} nodes",
+                allowed="as many ranks on each node, 1 or more",
+            )
+        self.folder = folder / "work"
+        """working folder of the ranks"""
+        self._logs, self._ranks, self._nodes, self._num_runs = folder, ranks, nodes, 0
+        self.folder.mkdir(parents=True)
+
+    def run(
+        self, script: str | Path, *args: str, plan: FaultPlan | None = None, timeout_s: float = 120.0
+    ) -> Outcome:
+        """Run a training script on all ranks, under ``plan`` if there is one.
+
+        Raises:
+            ConfigError: the plan cannot be carried out here; lists all problems.
+        """
+        plan = plan or FaultPlan()
+        raise_if(check(plan, JobShape(world_size=self._ranks, num_nodes=self._nodes)))
+        self._num_runs += 1
+        run = self._logs / f"run-{self._num_runs}"
+        run.mkdir()
+        nodes = ["--emulate-nodes", str(self._nodes)] if self._nodes > 1 else []
+        words = [sys.executable, "-m", "distrain", "launch", *nodes]
+        words += ["--nproc-per-node", str(self._ranks // self._nodes), "-m", "distrain.faults.inject.script"]
+        with Injector(plan, run / "truth") as injector:
+            try:
+                code = run_command(
+                    [*words, str(Path(script).resolve()), *args],
+                    environ={**os.environ, **injector.variables, REPORT: str(run / "report.json")},
+                    log=run / "log",
+                    timeout_s=timeout_s,
+                    cwd=self.folder,
+                )
+            finally:
+                end_all(injector.pids("keeper"))
+        truth = tuple(read_truth(run / "truth"))
+        output = (run / "log").read_text(errors="replace")
+        return Outcome(code, output, truth, first_failure(run / "report.json"))
+
+
+@pytest.fixture
+def local_cluster(tmp_path: Path) -> Callable[..., LocalCluster]:
+    """Makes clusters: ``local_cluster(ranks=4, nodes=2)``."""
+    made: list[LocalCluster] = []
+
+    def make(*, ranks: int = 2, nodes: int = 1) -> LocalCluster:
+        made.append(LocalCluster(tmp_path / f"cluster-{len(made)}", ranks=ranks, nodes=nodes))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture
+def fault_plan() -> FaultPlan:
+    """An empty plan to build on: ``fault_plan.kill(ranks=[1]).at(step=3)``."""
+    return FaultPlan(seed=0)

@@ -1,0 +1,64 @@
+"""Starts a job as a process of its own, waits for it, and leaves nothing of it behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REPORT = "DISTRAIN_REPORT"
+"""names the file in which the launcher tells how the ranks ended"""
+GRACE_S = 15.0
+TIMED_OUT = 128 + signal.SIGKILL
+"""exit code of a job that took too long"""
+
+
+def run_command(
+    words: Sequence[str], *, environ: Mapping[str, str], log: Path, timeout_s: float, cwd: Path | None = None
+) -> int:
+    """The exit code; output goes to ``log``. Whatever happens here, also Ctrl-C, ends the job first."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(words),
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=cwd,
+        )
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT
+        finally:
+            _end(process)
+
+
+def first_failure(report: Path) -> dict[str, Any] | None:
+    """Which rank the launcher says has failed first: its ``rank``, ``at`` (seconds since 1970), ``error`` and so on."""
+    if not report.exists():
+        return None
+    found: dict[str, Any] | None = json.loads(report.read_text())["first_failure"]
+    return found
+
+
+def end_all(pids: Sequence[int]) -> None:
+    """Ask processes to end that have outlived their job."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Politely first: the launcher takes its ranks along."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
