@@ -1,6 +1,7 @@
 """``distrain drill PLAN JOB``: run a job under a fault plan, launch it again after failures, and score it."""
 
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -69,6 +70,8 @@ def drill(
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("sound", "faulty"):
         (folder / name).mkdir()
+    # As on Ctrl-C: the job, which is in a session of its own, is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found = run(
         Drill(
             plan=faults,

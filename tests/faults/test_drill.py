@@ -1,7 +1,9 @@
 """``distrain drill`` on real jobs: a trainer, and a script that knows of nothing, are broken, come back, are scored."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from distrain.faults.inject import FaultPlan
 from helpers.keeper_processes import keepers_of, kill_keepers
+from helpers.victims import wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -123,6 +126,36 @@ def test_a_script_that_knows_of_nothing_is_killed_in_its_step_and_resumes(tmp_pa
     assert code == 0, errors
     assert [row["step"] for row in score["faults"]] == [4]
     assert score["num_launches"] == 2 and score["is_equal"] is True
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_drill_that_is_stopped_leaves_nothing_behind(config: Path, tmp_path: Path, signum: int) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(
+        json.dumps(FaultPlan().inject("data.stall", ranks=[0]).at(step=3).lasting(60.0).to_json())
+    )
+    words = ["drill", str(plan), str(config), "--no-reference", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "distrain", *words],
+        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        wait_until(lambda: any((tmp_path / "out").glob("truth/rank-0.jsonl")), "a rank that is armed")
+        wait_until(lambda: (tmp_path / "out/truth/rank-0.jsonl").stat().st_size > 0, "a fault that has fired")
+        process.send_signal(signum)
+        assert process.wait(90) == 128 + signum
+    wait_until(lambda: not processes_of(tmp_path), f"the end of {processes_of(tmp_path)}")
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of processes that were started with this runtime folder."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"XDG_RUNTIME_DIR={folder}".encode() in (each / "environ").read_bytes().split(b"\0"):
+                found.append((each / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if line]
 
 
 def test_a_plan_that_cannot_be_is_refused_before_anything_starts(config: Path, tmp_path: Path) -> None:
