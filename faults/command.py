@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ REPORT = "DISTRAIN_REPORT"
 GRACE_S = 15.0
 TIMED_OUT = 128 + signal.SIGKILL
 """exit code of a job that took too long"""
+
+
+def script_words(script: Path, args: Sequence[str], *, ranks: int, nodes: int) -> list[str]:
+    """Words that run a script, unchanged, on ``ranks`` ranks of this machine, as armed as its environment says."""
+    emulated = ["--emulate-nodes", str(nodes)] if nodes > 1 else []
+    words = [sys.executable, "-m", "distrain", "launch", "--nproc-per-node", str(ranks // nodes), *emulated]
+    return [*words, "-m", "distrain.faults.inject.script", str(script.absolute()), *args]
 
 
 def run_command(

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from distrain.core.errors import LaunchError
 from distrain.core.events import read_events
 from distrain.core.vocabulary import IncidentClass
 
@@ -51,13 +52,19 @@ class Drill:
 
 
 def run(drill: Drill, *, say: Say = lambda text: None) -> Score:
-    """Carry the drill out; raises what ``Injector`` raises before anything starts."""
+    """Carry the drill out.
+
+    Raises:
+        LaunchError: the job fails without any fault.
+    """
     if drill.with_reference:
         say("an undisturbed run, for comparison")
         reference = _launch(drill, drill.folder / "sound", "reference", {})
         if reference.code:
-            raise RuntimeError(
-                f"the job fails without any fault: exit code {reference.code}; see {drill.folder}/reference.log"
+            raise LaunchError(
+                "the job fails without any fault",
+                got=f"exit code {reference.code}",
+                hint=f"see {drill.folder}/reference.log",
             )
     attempts: list[Attempt] = []
     detections: list[Detection] = []

@@ -5,7 +5,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,12 +55,27 @@ def drill(
       distrain drill plan.toml train.py --ranks 4 --emulate-nodes 2 -- --lr 0.1
       distrain drill plan.toml run.toml --no-reference --json
     """
-    from distrain.core.errors import raise_if
+    from distrain.core.errors import Problem, raise_if
     from distrain.faults.drill import Drill, run, to_json
     from distrain.faults.inject import FaultPlan, check
 
     faults = FaultPlan.load(plan)
-    if job.suffix == ".toml":
+    is_run = job.suffix == ".toml"
+    unused = {"--ranks": ranks != 2, "--emulate-nodes": emulate_nodes != 1, "arguments after --": bool(args)}
+    problems = [
+        Problem(f"{name} is not used by a run's TOML", hint="--set launch.ranks=N says how many ranks it has")
+        for name, is_given in unused.items()
+        if is_run and is_given
+    ]
+    if overrides and not is_run:
+        problems.append(Problem("--set is not used by a script", hint="its own arguments come after --"))
+    if ranks % emulate_nodes:
+        allowed = f"a multiple of {emulate_nodes}"
+        problems.append(Problem("the ranks cannot be spread over the nodes", f"--ranks {ranks}", allowed))
+    if out and any((out / name).exists() for name in ("sound", "faulty")):
+        problems.append(Problem("there is a drill in this folder already", str(out), "a new or empty folder"))
+    raise_if(problems)
+    if is_run:
         shape, command = _run(job, overrides or ())
     else:
         shape, command = _script(job, args or (), ranks=ranks, emulate_nodes=emulate_nodes)
@@ -82,7 +96,7 @@ def drill(
             max_launches=launches,
             timeout_s=timeout_s,
             with_reference=reference,
-            in_run_folder=job.suffix != ".toml",
+            in_run_folder=not is_run,
         ),
         say=lambda text: print(f"drill: {text}", file=sys.stderr, flush=True),
     )
@@ -118,24 +132,15 @@ def _script(
 ) -> "tuple[JobShape, Command]":
     """Somebody's script; its run folder is the working folder of its ranks."""
     from distrain.core.errors import ConfigError
+    from distrain.faults.command import script_words
     from distrain.faults.inject import JobShape
 
     if not script.is_file():
         raise ConfigError(
             "there is no such script", got=str(script), allowed="a Python file, or a run's TOML"
         )
-    nodes = ["--emulate-nodes", str(emulate_nodes)] if emulate_nodes > 1 else []
-    words = [
-        sys.executable,
-        "-m",
-        "distrain",
-        "launch",
-        "--nproc-per-node",
-        str(ranks // emulate_nodes),
-        *nodes,
-    ]
-    words += ["-m", "distrain.faults.inject.script", str(script.absolute()), *args]
-    return replace(JobShape(world_size=ranks), num_nodes=emulate_nodes), lambda folder: words
+    words = script_words(script, args, ranks=ranks, nodes=emulate_nodes)
+    return JobShape(world_size=ranks, num_nodes=emulate_nodes), lambda folder: words
 
 
 def _same_state(sound: Path, faulty: Path) -> bool | None:
@@ -167,7 +172,9 @@ def _print(found: "Score", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("fault", "on", "step", "noticed as", "suspects", "noticed after", "recovered after", "")
+    names = ("on", "step", "noticed as", "suspects", "noticed after", "recovered after", "")
+    table = Table("fault", *names, box=None, header_style="bold")
+    table.columns[0].no_wrap = True
     for row in found.faults:
         table.add_row(
             str(row.kind),
@@ -177,13 +184,13 @@ def _print(found: "Score", folder: Path) -> None:
             ", ".join(map(str, row.suspects)),
             _seconds(row.detect_s),
             _seconds(row.recover_s),
-            "; ".join(row.problems) or "ok",
+            "failed" if row.problems else "ok",
         )
     console = Console(highlight=False)
     console.print(table)
     state = {True: "equal to the bit", False: "different", None: "not compared"}[found.is_equal]
     console.print(
-        f"{found.num_launches} launches, {found.steps_lost} steps trained twice, goodput {found.goodput:.0%}, "
+        f"launches: {found.num_launches}, steps trained twice: {found.steps_lost}, goodput {found.goodput:.0%}, "
         f"final state: {state}; logs and score in {folder}"
     )
     for problem in found.problems:

@@ -13,7 +13,6 @@
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import pytest
 
 from distrain.core.errors import ConfigError, raise_if
-from distrain.faults.command import REPORT, end_all, first_failure, run_command
+from distrain.faults.command import REPORT, end_all, first_failure, run_command, script_words
 from distrain.faults.inject import FaultPlan, Injector, JobShape, Record, check, read_truth
 
 
@@ -68,13 +67,10 @@ class LocalCluster:
         self._num_runs += 1
         run = self._logs / f"run-{self._num_runs}"
         run.mkdir()
-        nodes = ["--emulate-nodes", str(self._nodes)] if self._nodes > 1 else []
-        words = [sys.executable, "-m", "distrain", "launch", *nodes]
-        words += ["--nproc-per-node", str(self._ranks // self._nodes), "-m", "distrain.faults.inject.script"]
         with Injector(plan, run / "truth") as injector:
             try:
                 code = run_command(
-                    [*words, str(Path(script).resolve()), *args],
+                    script_words(Path(script), args, ranks=self._ranks, nodes=self._nodes),
                     environ={**os.environ, **injector.variables, REPORT: str(run / "report.json")},
                     log=run / "log",
                     timeout_s=timeout_s,

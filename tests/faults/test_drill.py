@@ -128,6 +128,29 @@ def test_a_script_that_knows_of_nothing_is_killed_in_its_step_and_resumes(tmp_pa
     assert score["num_launches"] == 2 and score["is_equal"] is True
 
 
+def test_words_that_would_do_nothing_are_refused_all_at_once(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "sound").mkdir(parents=True)
+    words = ["--ranks", "3", "--emulate-nodes", "2", "--", "0.1"]
+    code, _, errors = drill(tmp_path, FaultPlan().kill(ranks=[1]).at(step=5), str(config), *words)
+    assert code == 3 and not (tmp_path / "out" / "truth").exists()
+    for problem in (
+        "--ranks is not",
+        "--emulate-nodes is not",
+        "after -- is not",
+        "spread over",
+        "a drill in this",
+    ):
+        assert problem in errors
+
+
+def test_a_job_that_fails_by_itself_is_not_drilled(config: Path, tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit(4)")
+    code, _, errors = drill(tmp_path, FaultPlan(), str(script))
+    assert code not in (0, 3) and "the job fails without any fault" in errors and "Traceback" not in errors
+    assert not (tmp_path / "out" / "truth").exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_drill_that_is_stopped_leaves_nothing_behind(config: Path, tmp_path: Path, signum: int) -> None:
     plan = tmp_path / "plan.json"
