@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-REPORT = "DISTRAIN_REPORT"
-"""names the file in which the launcher tells how the ranks ended"""
 GRACE_S = 15.0
 TIMED_OUT = 128 + signal.SIGKILL
 """exit code of a job that took too long"""

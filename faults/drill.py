@@ -21,9 +21,9 @@ from typing import Any
 
 from distrain.core.errors import LaunchError
 from distrain.core.events import read_events
-from distrain.core.vocabulary import IncidentClass
+from distrain.core.vocabulary import REPORT, IncidentClass
 
-from .command import REPORT, end_all, first_failure, run_command
+from .command import end_all, first_failure, run_command
 from .inject import FaultPlan, Injector, JobShape, read_truth
 from .score import Attempt, Detection, Score, StepDone, score
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from socket import socket
 
 from distrain.core.errors import ConfigError, Problem, raise_if
+from distrain.core.vocabulary import REPORT
 
 from .agent import Agent
 from .emulate import run_emulated
@@ -31,9 +32,6 @@ from .sidecar import keeper_at, with_keeper
 from .signals import Signals
 from .store import start_store
 from .team import Host, Team, team
-
-REPORT = "DISTRAIN_REPORT"
-"""names a file in which node 0 tells how all ranks ended"""
 
 
 def run_job(

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+REPORT = "DISTRAIN_REPORT"
+"""environment variable: the file in which the launcher of node 0 tells, as JSON, how all ranks ended"""
+
 
 class IncidentClass(StrEnum):
     """What can go wrong with a job, as detectors report it and drills score it."""

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from distrain.core.errors import ConfigError, raise_if
-from distrain.faults.command import REPORT, end_all, first_failure, run_command, script_words
+from distrain.core.vocabulary import REPORT
+from distrain.faults.command import end_all, first_failure, run_command, script_words
 from distrain.faults.inject import FaultPlan, Injector, JobShape, Record, check, read_truth
 
 
