@@ -3,11 +3,10 @@
 Asks the driver's own tool for GPUs, since the launching process has no torch. What is not known is assumed, and said.
 """
 
-import shutil
-import subprocess
 from dataclasses import dataclass
 
 from distrain.core.config import RunConfig
+from distrain.core.gpus import list_gpus
 from distrain.core.host import host_memory_bytes
 from distrain.core.vocabulary import DEVICES, GIB, ClusterSpec, DeviceSpec
 
@@ -60,19 +59,13 @@ class Machine:
 
 def local_gpus() -> list[DeviceSpec]:
     """This node's NVIDIA GPUs; empty without a driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    if answer.returncode:
+    gpus = list_gpus()
+    if not gpus:
         return []
     from distrain.core.device import known_device  # loads torch, which the ranks will need anyway
 
-    gpus = []
-    for line in answer.stdout.splitlines():
-        name, _, mebibytes = line.rpartition(",")
-        memory_bytes = int(float(mebibytes)) * 1024**2
-        known = known_device(name, memory_bytes=memory_bytes)
-        gpus.append(known or DeviceSpec(name=name.strip(), memory_bytes=memory_bytes, peak_flops=100e12))
-    return gpus
+    return [
+        known_device(name, memory_bytes=memory_bytes)
+        or DeviceSpec(name=name, memory_bytes=memory_bytes, peak_flops=100e12)
+        for name, memory_bytes in gpus
+    ]
