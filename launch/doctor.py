@@ -1,7 +1,7 @@
 """What this node can do: its installation, processors, memory, GPUs, network, disk, and what it lets us break.
 
-Each area is asked in its own way, and one that cannot be asked says so in place of its answers: a doctor must not die of
-what it finds. Nothing here imports torch, so that it also answers where torch is what is broken.
+Each area is asked in its own way, and one that cannot be asked says so in place of its answers: a doctor must not die
+of what it finds. Nothing here imports torch, so that it also answers where torch is what is broken.
 """
 
 import os
