@@ -30,25 +30,20 @@ import torch
 
 from distrain.core.device import open_device
 from distrain.core.errors import ConfigError, DataError, DistrainError
-from distrain.core.protocols import ShardBox
 from distrain.core.sidecar_client import KeeperClient, KeeperLost, KeeperRefused, Slot, StepStatus
 
-from .boxes import Item, State, apply_objects, collect, fenced_storages, optimizers, prepare_targets
+from .boxes import collect, optimizers
 from .cadence import Auto, Cadence
-from .divide import divide, owners
 from .handle import SaveHandle
 from .keeper_config import KeeperConfig, TierConfig
-from .layout import EXTENT_BYTES, STRIDE, WriterLayout, pack
 from .ranks import Ranks
-from .restore import Source, choose_objects, restore
-from .rng import rng_state, set_rng_state
-from .safe_state import decode, encode
-from .snapshot import Copy, Snapshot, buckets
-from .tiers.posix import PosixStorage
+from .resume import RNG, resume
+from .rng import rng_state
+from .safe_state import encode
+from .snapshot import Snapshot
+from .writing import Writing, estimate_bytes
 
 log = logging.getLogger(__name__)
-
-_RNG = "rng"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +94,7 @@ class Checkpointer:
         self._tracked: dict[str, Any] = {}
         self._ranks = Ranks()
         self._client: KeeperClient | None = None
-        self._planned: tuple[list[ShardBox], WriterLayout, list[int]] | None = None
-        """boxes of this rank, what it writes of them, and of which box each piece is"""
+        self._writing = Writing(self._ranks)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="distrain-copy")
         self._running: tuple[Snapshot, Future[None]] | None = None
         self._fences: list[Any] = []
@@ -208,50 +202,28 @@ class Checkpointer:
         return self._restore(strict=strict, only=None) or 0
 
     def _restore(self, *, strict: bool, only: int | None) -> int | None:
-        filled: list[Item] = []
-
-        def targets(source: Source) -> Sequence[Item]:
-            prepare_targets(self._tracked, list(source.tensors))
-            filled[:] = collect(self._tracked).items
-            return filled
-
         client: KeeperClient | None = None
         try:
             client = self._connected()
         except (KeeperLost, KeeperRefused) as error:
             self._fail(f"memory cannot be restored from: {error}", error)
-        folders = [Path(tier.url) for tier in self._tiers if "://" not in tier.url]
-        source = restore(
-            targets,
+        return resume(
+            self._tracked,
             client=client,
-            tiers=[PosixStorage(folder) for folder in folders if folder.is_dir()],
+            tiers=[tier.url for tier in self._tiers],
             ranks=self._ranks,
             strict=strict,
             only=only,
         )
-        if source is None:
-            return None
-        objects = {
-            name: decode(choose_objects(source.objects, name, rank=self._ranks.rank), name=name)
-            for name in source.objects
-        }
-        for name, thing in self._tracked.items():
-            if isinstance(thing, torch.optim.Optimizer) and name in source.objects:
-                objects[name] = _merged([decode(each, name=name) for each in source.objects[name].values()])
-        apply_objects(self._tracked, objects, filled)
-        if _RNG in objects:
-            set_rng_state(objects[_RNG])
-        log.info("restored step %d from %s", source.step, source.where)
-        return source.step
 
     # -- how it works
 
     def _snapshot(self, step: int, *, durable: bool) -> bool:
         self._finish_copy()
         state = collect(self._tracked)
-        layout, items, num_lazy = self._plan(state)
+        layout, copies = self._writing.plan(state, self._tracked, lazy=self._lazy)
         objects = {name: encode(value, name=name) for name, value in state.objects.items()}
-        objects[_RNG] = encode(rng_state(), name=_RNG)
+        objects[RNG] = encode(rng_state(), name=RNG)
         client = self._connected()
         slot = client.open(
             step, layout, objects, policy=self._policy, timeout_s=self._timeout_s, durable=durable
@@ -259,10 +231,6 @@ class Checkpointer:
         if slot is None:
             self._count(skipped=1)
             return False
-        first_lazy = len(items) - num_lazy
-        copies: list[Copy] = []
-        for index, (item, piece) in enumerate(zip(items, layout.pieces, strict=True)):
-            copies += buckets(item, piece.offset, lazy=index >= first_lazy)
         snapshot = Snapshot(
             copies,
             torch.frombuffer(slot.memory, dtype=torch.uint8),
@@ -277,25 +245,6 @@ class Checkpointer:
         if not self._lazy:
             snapshot.fence()
         return True
-
-    def _plan(self, state: State) -> tuple[WriterLayout, list[Item], int]:
-        """What this rank writes, eager items first, with the number of lazy ones behind them.
-
-        Ranks talk only when the boxes have changed since the last time.
-        """
-        fenced = fenced_storages(self._tracked) if self._lazy else set()
-        lazy = [item.tensor.untyped_storage().data_ptr() in fenced for item in state.items]
-        items = [state.items[i] for i in sorted(range(len(lazy)), key=lazy.__getitem__)]
-        boxes = [item.box for item in items]
-        if self._planned is None or self._planned[0] != boxes:
-            every = self._ranks.gather([asdict(box) for box in boxes])
-            mine = divide([[_box(fields) for fields in each] for each in every])[self._ranks.rank]
-            layout = pack(self._ranks.rank, mine)
-            self._planned = boxes, layout, owners(boxes, [piece.box for piece in layout.pieces])
-        _, layout, sources = self._planned
-        parts = [items[i].part(piece.box) for i, piece in zip(sources, layout.pieces, strict=True)]
-        first_lazy = len(items) - sum(lazy)
-        return layout, parts, sum(i >= first_lazy for i in sources)
 
     def _flush_s(self) -> float:
         """How long the slowest tier has taken for its last flush."""
@@ -332,19 +281,11 @@ class Checkpointer:
                 rank=self._ranks.rank,
                 local_rank=int(os.environ.get("LOCAL_RANK", self._ranks.rank)),
                 world_size=self._ranks.world_size,
-                slot_bytes=self._slot_bytes or self._estimate(),
+                slot_bytes=self._slot_bytes or estimate_bytes(self._tracked),
                 num_slots=self._num_slots,
                 config=KeeperConfig(tiers=self._tiers),
             )
         return self._client
-
-    def _estimate(self) -> int:
-        """Memory of one snapshot: what is tracked now, and two moments for each optimizer that has none yet."""
-        total = sum(item.tensor.nbytes + EXTENT_BYTES // 256 for item in collect(self._tracked).items)
-        for optimizer in optimizers(self._tracked):
-            if not optimizer.state:
-                total += 2 * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-        return (total // EXTENT_BYTES + 2) * STRIDE
 
     def _fail(self, text: str, error: DistrainError) -> None:
         self._count(failures=1)
@@ -356,18 +297,3 @@ class Checkpointer:
         with self._lock:
             old = self._counters
             self._counters = Counters(**(asdict(old) | {k: getattr(old, k) + v for k, v in more.items()}))
-
-
-def _box(fields: dict[str, Any]) -> ShardBox:
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    return ShardBox(**values)
-
-
-def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One optimizer's objects from those of all writers, each of which knew its own parameters."""
-    values: dict[str, Any] = {}
-    groups: list[dict[str, Any]] = []
-    for state in states:
-        values |= state["values"]
-        groups += state["param_groups"]
-    return {"values": values, "param_groups": groups}
