@@ -6,6 +6,8 @@ degrees (FlexSP, arXiv 2412.01523)::
 
     slots        0 1 2 3 4 5 6 7
     micro-batch  [   4   ][2 ][1][1]     one long sequence; a middling one; short ones, packed
+
+``plan_step`` finds such a plan in milliseconds and says how far from the best it can be at most.
 """
 
 from importlib import import_module
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from .check import check_plan as check_plan
     from .cost import SequenceCost as SequenceCost
     from .cost import load as load_cost
+    from .plan import plan_step as plan_step
     from .step_plan import SequenceGroup as SequenceGroup
     from .step_plan import StepPlan as StepPlan
 
@@ -24,9 +27,10 @@ _HOMES = {
     "StepPlan": (".step_plan", "StepPlan"),
     "check_plan": (".check", "check_plan"),
     "load_cost": (".cost", "load"),
+    "plan_step": (".plan", "plan_step"),
 }
 
-__all__ = ["SequenceCost", "SequenceGroup", "StepPlan", "check_plan", "load_cost"]
+__all__ = ["SequenceCost", "SequenceGroup", "StepPlan", "check_plan", "load_cost", "plan_step"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,14 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distrain.core.errors import ConfigError, Problem, nearest, raise_if
+
+Lengths = TypeVar("Lengths", float, NDArray[np.float64])
 
 _A2A_BYTES = 4 * 2 * 2  # q, k, v and output; forward and backward; two bytes an element
 
@@ -51,11 +56,10 @@ class SequenceCost:
         most = num_slots if self.max_degree is None else min(num_slots, self.max_degree)
         return tuple(sorted(degree for degree in {1, *self.bandwidth_gb_s} if degree <= most))
 
-    def sequence_ms(self, length: float, degree: int) -> float:
-        """What one sequence of ``length`` tokens adds to its group of ``degree``."""
-        compute = self.alpha1 * length * length + self.alpha2 * length
-        moved_ms = 0.0 if degree == 1 else self.megabytes_per_token * length / self.bandwidth_gb_s[degree]
-        return (compute + moved_ms) / degree
+    def sequence_ms(self, length: Lengths, degree: int) -> Lengths:
+        """What a sequence of ``length`` tokens, or each of an array of them, adds to its group of ``degree``."""
+        moved_ms = 0.0 if degree == 1 else self.megabytes_per_token / self.bandwidth_gb_s[degree]
+        return (self.alpha1 * length + (self.alpha2 + moved_ms)) * length / degree
 
     def group_ms(self, lengths: Iterable[float], degree: int) -> float:
         """Time of a group of ``degree`` that computes sequences of these ``lengths``."""

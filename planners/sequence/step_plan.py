@@ -156,17 +156,34 @@ class StepPlan:
         )
 
 
-def step_ms(microbatches: Sequence[Sequence[SequenceGroup]], *, num_slots: int, schedule: str) -> float:
+def step_ms(microbatches: Sequence[MicroBatch], *, num_slots: int, schedule: str) -> float:
     """How long a step takes if every group takes its ``estimated_ms``: the replay of a plan on ``num_slots`` slots."""
-    if schedule == "lock-step":
-        return sum(max((group.estimated_ms for group in groups), default=0.0) for groups in microbatches)
+    ends = (
+        start_ms + group.estimated_ms
+        for groups in replay(microbatches, num_slots=num_slots, schedule=schedule)
+        for group, start_ms in groups
+    )
+    return max(ends, default=0.0)
+
+
+def replay(
+    microbatches: Sequence[MicroBatch], *, num_slots: int, schedule: str
+) -> Iterator[list[tuple[SequenceGroup, float]]]:
+    """The groups of each micro-batch with the ms at which they start."""
     free_ms = [0.0] * num_slots
+    barrier_ms = 0.0
     for groups in microbatches:
+        started = []
         for group in groups:
-            end_ms = max(free_ms[rank] for rank in group.ranks) + group.estimated_ms
+            start_ms = max(barrier_ms, *(free_ms[rank] for rank in group.ranks))
+            started.append((group, start_ms))
             for rank in group.ranks:
-                free_ms[rank] = end_ms
-    return max(free_ms, default=0.0)
+                free_ms[rank] = start_ms + group.estimated_ms
+        if schedule == "lock-step":
+            barrier_ms = max(
+                (start_ms + group.estimated_ms for group, start_ms in started), default=barrier_ms
+            )
+        yield started
 
 
 def _slots(index: int, groups: Sequence[SequenceGroup], num_slots: int) -> Iterator[Problem]:

@@ -1,0 +1,135 @@
+"""``distrain plan sequence``: the groups of every micro-batch for a batch of sequences."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from distrain.core.errors import ConfigError, Problem, raise_if
+
+if TYPE_CHECKING:
+    from distrain.planners.sequence import StepPlan
+
+_SHOWN = 5
+
+
+def sequence(
+    lengths: Annotated[
+        Path, typer.Option(help="Tokens of each sequence, one number a line.", metavar="FILE")
+    ],
+    gpus: Annotated[int, typer.Option(help="Devices of the data plane.", metavar="N")],
+    cost: Annotated[str, typer.Option(help="7b, 13b, 30b, or a TOML file.", metavar="FILE|PRESET")],
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Seconds to search.", metavar="S", show_default="0.02 to 2, by devices"),
+    ] = None,
+    solver: Annotated[
+        Literal["native", "python"], typer.Option(help="python: slower, and where nothing can be compiled.")
+    ] = "native",
+    seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan.", metavar="PLAN.json")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the plan (SVG, PNG, PDF).", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Plan groups of the right size for every sequence of a step, with a bound on what any plan could reach.
+
+    \b
+    Examples:
+      distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b
+      distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b -o plan.json
+      distrain plan sequence --lengths lengths.txt --gpus 24 --cost cost.toml --time-limit 1 --plot plan.svg
+      distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b --json | jq .gap
+    """
+    from distrain.planners.sequence import load_cost, plan_step
+
+    model = load_cost(cost)
+    numbers = _read(lengths)
+    if plot is not None:
+        from distrain.planners.sequence.plots import require
+
+        require()
+    console = Console(stderr=True)
+    with console.status("planning ..."):
+        found = plan_step(
+            numbers,
+            num_slots=gpus,
+            cost=model,
+            time_limit_s=time_limit,
+            seed=seed,
+            solver=solver,
+        )
+    written = []
+    try:
+        if output is not None:
+            found.save(output)
+            written.append(output)
+        if plot is not None:
+            from distrain.planners.sequence.plots import draw
+
+            draw(found, plot)
+            written.append(plot)
+    except OSError as error:
+        raise ConfigError("this cannot be written", got=f"{error.filename}: {error.strerror}") from None
+    print(found.to_json(), end="") if as_json else _show(found, numbers, written)
+
+
+def _read(path: Path) -> list[int]:
+    """One whole number a line; empty lines at the end do not count."""
+    try:
+        lines = path.read_text().rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("the lengths cannot be read", got=f"{path}: {error}") from None
+    wrong = [(at, line) for at, line in enumerate(lines, 1) if not line.strip().lstrip("-").isdecimal()]
+    more = f" and {len(wrong) - _SHOWN} more lines" if len(wrong) > _SHOWN else ""
+    shown = ", ".join(f"{line.strip()[:40]!r} (line {at})" for at, line in wrong[:_SHOWN]) + more
+    raise_if(
+        [Problem(f"{path} has lines that are no lengths", shown, "one whole number a line")] if wrong else []
+    )
+    return [int(line) for line in lines]
+
+
+def _show(plan: "StepPlan", lengths: Sequence[int], written: Sequence[Path]) -> None:
+    table = Table("micro-batch", "ms", "groups", "sequences", "tokens", "busy", box=None, header_style="bold")
+    for index, groups in enumerate(plan.microbatches):
+        longest_ms = max(group.estimated_ms for group in groups)
+        members = [sequence for group in groups for sequence in group.sequences]
+        busy = sum(group.degree * group.estimated_ms for group in groups) / (plan.num_slots * longest_ms or 1)
+        table.add_row(
+            str(index),
+            f"{longest_ms:,.1f}",
+            _degrees(group.degree for group in groups),
+            f"{len(members):,}",
+            f"{sum(lengths[member] for member in members):,}",
+            f"{busy:.0%}",
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for line in ("", *_summary(plan), *map(str, written)):
+        console.print(line, markup=False, highlight=False)
+
+
+def _degrees(degrees: Iterator[int]) -> str:
+    """``2x16 4x8``: how many groups of which degree."""
+    counts = sorted(Counter(degrees).items(), reverse=True)
+    return " ".join(f"{count}x{degree}" for degree, count in counts)
+
+
+def _summary(plan: "StepPlan") -> Iterator[str]:
+    num = sum(len(group.sequences) for groups in plan.microbatches for group in groups)
+    yield (
+        f"{num:,} sequences on {plan.num_slots:,} devices, {plan.schedule}: "
+        f"{plan.estimated_ms:,.1f} ms, planned in {1e3 * plan.seconds:,.0f} ms"
+    )
+    yield f"no plan takes less than {plan.lower_bound_ms:,.1f} ms: gap {plan.gap:.2%}, {plan.status}"
+    for name, ms in plan.baselines.items():
+        meaning = {"static": "one degree for all", "batch_adaptive": "one degree a micro-batch"}.get(
+            name, name
+        )
+        yield f"{meaning}: {ms:,.1f} ms, {ms / plan.estimated_ms if plan.estimated_ms else 1:.2f} times as long"
+    yield from plan.reasons

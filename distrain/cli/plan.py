@@ -1,0 +1,15 @@
+"""``distrain plan``: solve one planning problem, show the plan and how good it is proven to be, and write it."""
+
+import typer
+
+from ._plan_sequence import sequence
+
+plan = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@plan.callback()
+def _plan() -> None:
+    """Solve one planning problem: show the plan, how good it is proven to be, and write it with -o."""
+
+
+plan.command()(sequence)

@@ -1,0 +1,87 @@
+"""Calls ``waves.cpp``, the search that plans waves in milliseconds.
+
+The search counts its work and stops after ``PLACEMENTS_PER_MS`` placements for each millisecond it is given, which
+this code does in less time than that on the processors of the last years: so a plan depends on lengths, cost model,
+limit and seed, and not on the machine or on what else runs there. Where that is too much for the time, the clock ends
+the search, and the plan says so.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distrain.core import native
+
+from .problem import StepProblem
+
+PLACEMENTS_PER_MS = 12_000
+
+_SOURCES = (Path(__file__).with_name("waves.cpp"),)
+_FLAGS = ("-ffp-contract=off",)  # fused multiply-adds would round differently from machine to machine
+
+
+@dataclass(frozen=True, slots=True)
+class Waves:
+    """Where each sequence of a problem, in its order, is computed; and what one degree for all would take."""
+
+    wave: NDArray[np.int32]
+    group: NDArray[np.int32]
+    """numbered within its wave"""
+    degree: NDArray[np.int32]
+    """index into the problem's degrees"""
+    static_ms: float
+    adaptive_ms: float
+    by_clock: bool = False
+    """the search was ended by the clock"""
+
+
+def search(problem: StepProblem, *, milliseconds: float, seed: int, build: bool) -> Waves | None:
+    """The best plan found in the given time, or None if there is none (a sequence longer than the memory).
+
+    Raises:
+        MissingDependencyError: the library is neither built nor can it be.
+    """
+    library = _library(build)
+    num = len(problem.lengths)
+    wave, group, degree = (np.empty(num, np.int32) for _ in range(3))
+    report = np.zeros(5)
+    times = np.ascontiguousarray(problem.times)
+    degrees = np.array(problem.degrees, np.int32)
+    failed = library.distrain_plan_waves(
+        ctypes.c_int(problem.num_slots),
+        ctypes.c_int(len(problem.degrees)),
+        _address(degrees),
+        _address(problem.capacities),
+        ctypes.c_double(problem.cost.beta1),
+        ctypes.c_int(num),
+        _address(problem.lengths),
+        _address(times),
+        ctypes.c_int64(int(milliseconds * PLACEMENTS_PER_MS)),
+        ctypes.c_double(milliseconds / 1e3),
+        ctypes.c_uint64(seed % 2**64),
+        _address(wave),
+        _address(group),
+        _address(degree),
+        _address(report),
+    )
+    if failed:
+        return None
+    return Waves(wave, group, degree, float(report[1]), float(report[2]), by_clock=bool(report[4]))
+
+
+def build() -> None:
+    """Compile the library where the cache lacks it, so that jobs find it."""
+    _library(build=True)
+
+
+@cache
+def _library(build: bool) -> ctypes.CDLL:
+    return native.load("sequence_waves", _SOURCES, build=build, flags=_FLAGS)
+
+
+def _address(array: NDArray[np.generic]) -> ctypes.c_void_p:
+    return array.ctypes.data_as(ctypes.c_void_p)

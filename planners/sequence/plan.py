@@ -1,0 +1,129 @@
+"""The door of the planner: lengths in, a checked StepPlan out.
+
+::
+
+    lengths -> problem -> waves (native, or Python) -> groups on slots -> plan with its bound
+
+Every plan is at most as long as the best plan of one degree a micro-batch, which is among the candidates.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from distrain.core.errors import MissingDependencyError
+
+from . import native, waves
+from .cost import SequenceCost
+from .native import Waves
+from .problem import StepProblem
+from .step_plan import MicroBatch, SequenceGroup, StepPlan, step_ms
+
+Solver = Literal["native", "python"]
+Wanted = Literal["lock-step"]
+
+_CLOSED = 1e-6
+_ASSEMBLY_S_PER_SEQUENCE = 5e-6  # to make a plan of what the search found
+
+
+def plan_step(
+    lengths: Sequence[int],
+    *,
+    num_slots: int,
+    cost: SequenceCost,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    schedule: Wanted = "lock-step",
+    solver: Solver = "native",
+    build: bool = True,
+) -> StepPlan:
+    """Micro-batches of groups for one step over ``lengths`` (tokens), on ``num_slots`` devices.
+
+    The same arguments give the same plan, on every machine that is fast enough for ``time_limit_s`` (where the clock
+    cut the search short, the plan's reasons say so); the default limit grows with the devices. ``build=False`` never
+    compiles: in a job, which has what was built before it. Without the native library the plan is made in Python,
+    and is longer.
+
+    Raises:
+        ConfigError: nothing to plan, lengths that are no token counts.
+        InfeasibleError: a sequence does not fit the memory of the widest group.
+    """
+    start = time.perf_counter()
+    problem = StepProblem.of(lengths, num_slots=num_slots, cost=cost)
+    limit_s = default_time_limit_s(num_slots) if time_limit_s is None else time_limit_s
+    found, reasons = _search(problem, start, limit_s, seed=seed, solver=solver, build=build)
+    batches = assemble(problem, found)
+    estimated_ms = step_ms(batches, num_slots=num_slots, schedule=schedule)
+    baselines = {"static": found.static_ms, "batch_adaptive": found.adaptive_ms}
+    bound_ms = min(problem.area_bound_ms, estimated_ms)
+    plan = StepPlan(
+        microbatches=batches,
+        num_slots=num_slots,
+        schedule=schedule,
+        estimated_ms=estimated_ms,
+        lower_bound_ms=bound_ms,
+        gap=1 - bound_ms / estimated_ms if estimated_ms > 0 else 0.0,
+        status="optimal" if estimated_ms <= bound_ms * (1 + _CLOSED) else "feasible",
+        seconds=0.0,
+        baselines=baselines,
+        reasons=tuple(reasons),
+    )
+    return replace(plan, seconds=time.perf_counter() - start)
+
+
+def default_time_limit_s(num_slots: int) -> float:
+    """20 ms for a few nodes, 2 s for a thousand of them."""
+    return min(max(0.02, 0.0002 * num_slots), 2.0)
+
+
+def _search(
+    problem: StepProblem, start: float, limit_s: float, *, seed: int, solver: Solver, build: bool
+) -> tuple[Waves, list[str]]:
+    left_s = limit_s - (time.perf_counter() - start) - _ASSEMBLY_S_PER_SEQUENCE * len(problem.lengths)
+    milliseconds = 1e3 * max(left_s, 0.0)
+    if solver == "native":
+        try:
+            found = native.search(problem, milliseconds=milliseconds, seed=seed, build=build)
+        except MissingDependencyError as error:
+            return waves.search(problem, milliseconds=milliseconds), [
+                f"planned in Python: {error.problems[0].error}"
+            ]
+        if found is None:
+            raise AssertionError("a sequence that fits the widest group has a plan")
+        return found, ["the clock ended the search: another machine may find another plan"] * found.by_clock
+    return waves.search(problem, milliseconds=milliseconds), ["planned in Python, as asked"]
+
+
+def assemble(problem: StepProblem, found: Waves) -> tuple[MicroBatch, ...]:
+    """Groups on slots: in each micro-batch the widest first, so that groups lie on multiples of their degree wherever
+    degrees divide each other; micro-batches by descending duration."""
+    degrees = np.array(problem.degrees)[found.degree]
+    order = np.lexsort((found.group, -degrees, found.wave))
+    starts = np.flatnonzero(np.diff(found.wave[order], prepend=-1) | np.diff(found.group[order], prepend=-1))
+    ms = problem.times[order, found.degree[order]]
+    sums = np.add.reduceat(ms, starts) + problem.cost.beta1
+    sequences = problem.order[order].tolist()
+    batches: dict[int, list[SequenceGroup]] = {}
+    slot = 0
+    ends = [*starts[1:].tolist(), len(order)]
+    rows = zip(
+        starts.tolist(),
+        ends,
+        found.wave[order[starts]].tolist(),
+        degrees[order[starts]].tolist(),
+        sums.tolist(),
+        strict=True,
+    )
+    for first, end, wave, degree, group_ms in rows:
+        groups = batches.get(wave)
+        if groups is None:
+            groups, slot = batches.setdefault(wave, []), 0
+        groups.append(
+            SequenceGroup(tuple(range(slot, slot + degree)), tuple(sorted(sequences[first:end])), group_ms)
+        )
+        slot += degree
+    longest = sorted(batches.values(), key=lambda groups: -max(group.estimated_ms for group in groups))
+    return tuple(map(tuple, longest))

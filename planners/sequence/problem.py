@@ -1,0 +1,96 @@
+"""What there is to plan, checked and in numbers: sequences by descending length, and their time at every degree."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distrain.core.errors import InfeasibleError, Problem, raise_if
+
+from .cost import SequenceCost
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StepProblem:
+    """The sequences of one step on ``num_slots`` devices; K sequences, D degrees."""
+
+    num_slots: int
+    cost: SequenceCost
+    degrees: tuple[int, ...]
+    order: Ints
+    """index of the sequences as given, longest first"""
+    lengths: Floats
+    """descending"""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, num_slots: int, cost: SequenceCost) -> "StepProblem":
+        """The problem of ``lengths`` in the order given.
+
+        Raises:
+            ConfigError: there is nothing to plan, or a number is none; lists every problem.
+            InfeasibleError: a sequence is longer than all memory together.
+        """
+        given = np.asarray(lengths, dtype=np.float64)
+        raise_if(list(_problems(given, num_slots)))
+        degrees = cost.degrees(num_slots)
+        order = np.argsort(-given, kind="stable")
+        problem = cls(num_slots, cost, degrees, order, given[order])
+        most = cost.capacity(degrees[-1])
+        if problem.lengths[0] > most:
+            raise InfeasibleError(
+                "a sequence does not fit the memory of the widest group",
+                got=f"sequence {order[0]} of {problem.lengths[0]:.0f} tokens",
+                allowed=f"{most} tokens, {cost.tokens_per_gpu} on each of {degrees[-1]} devices",
+                hint="more devices, more tokens_per_gpu, or leave it out",
+            )
+        return problem
+
+    @cached_property
+    def times(self) -> Floats:
+        """Milliseconds of each sequence at each degree (K x D), whether it fits there or not."""
+        return np.column_stack([self.cost.sequence_ms(self.lengths, degree) for degree in self.degrees])
+
+    @cached_property
+    def capacities(self) -> Floats:
+        """Tokens of a group of each degree (D)."""
+        return np.array([self.cost.capacity(degree) for degree in self.degrees], dtype=np.float64)
+
+    @cached_property
+    def areas(self) -> Floats:
+        """The least that each sequence can cost in slots times milliseconds (K)."""
+        fits = self.lengths[:, None] <= self.capacities
+        return np.where(fits, self.times * np.array(self.degrees), np.inf).min(axis=1)  # type: ignore[no-any-return]
+
+    @property
+    def least_waves(self) -> int:
+        """No plan has fewer micro-batches: the tokens need the memory."""
+        memory = self.num_slots * self.cost.tokens_per_gpu
+        return max(1, math.ceil(float(self.lengths.sum()) / memory - 1e-9))
+
+    @property
+    def area_bound_ms(self) -> float:
+        """No lock-step plan is faster: its work spread evenly, and its micro-batches' fixed costs."""
+        return float(self.areas.sum()) / self.num_slots + self.cost.beta1 * self.least_waves
+
+
+def _problems(lengths: Floats, num_slots: int) -> Iterator[Problem]:
+    if num_slots < 1:
+        yield Problem("there is no device to plan for", f"{num_slots} slots", "1 or more")
+    if lengths.size == 0:
+        yield Problem("there are no sequences to plan", "no lengths", "one length or more")
+    elif lengths.ndim != 1 or not np.isfinite(lengths).all():
+        yield Problem("lengths are not a list of whole numbers", str(lengths)[:80])
+    elif (wrong := np.flatnonzero((lengths < 1) | (lengths != np.floor(lengths)))).size:
+        shown = ", ".join(f"{lengths[index]:g} (sequence {index})" for index in wrong[:_SHOWN])
+        more = f" and {wrong.size - _SHOWN} more" if wrong.size > _SHOWN else ""
+        yield Problem(
+            "a sequence has no tokens", shown + more, "whole numbers, 1 or more", "leave empty sequences out"
+        )
