@@ -185,6 +185,12 @@ class Buckets:
         for bucket in self._buckets:
             bucket.missing = len(bucket.params) * self._micro_batches
 
+    def begin(self, micro_batches: int) -> None:
+        """Expect so many gradients of each parameter; see DataParallelism."""
+        if micro_batches != self._micro_batches:
+            self._micro_batches = micro_batches
+            self._restart()
+
     @contextmanager
     def around(self, op: str, stage: int, micro_batch: int, *, last: bool) -> Iterator[None]:
         """Take the gradients that W leaves without passing autograd's hooks; see MicrobatchHooks."""

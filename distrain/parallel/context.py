@@ -54,8 +54,8 @@ def init(
     """
     opened = open_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        bound = opened.torch_device if opened.torch_device.type == "cuda" else None
-        dist.init_process_group(opened.backend, timeout=timeout, device_id=bound)
+        # Not bound to a device: torch would split new groups off the whole world's, which takes all of its ranks.
+        dist.init_process_group(opened.backend, timeout=timeout)
     degrees = _degrees(plan, dist.get_world_size())
     shape = (degrees.pp, degrees.dp // degrees.dp_shard, degrees.dp_shard, degrees.tp)
     mesh = init_device_mesh(opened.torch_device.type, shape, mesh_dim_names=AXES)
@@ -66,7 +66,9 @@ def init(
     }
     coordinates = {axis: mesh.get_local_rank(axis) for axis in AXES}
     coordinates["dp"] = coordinates["dp_replicate"] * degrees.dp_shard + coordinates["dp_shard"]
-    return Parallel(degrees, mesh, GroupRegistry(groups), opened, dist.get_rank(), coordinates)
+    return Parallel(
+        degrees, mesh, GroupRegistry(groups, timeout=timeout), opened, dist.get_rank(), coordinates
+    )
 
 
 def _degrees(plan: ParallelPlan | Degrees | None, world_size: int) -> Degrees:

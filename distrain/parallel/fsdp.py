@@ -49,6 +49,9 @@ class FullySharded:
             _shard(name, param, replicas, parallel) for name, param in self._params
         ]
 
+    def begin(self, micro_batches: int) -> None:
+        """Nothing to do; see DataParallelism."""
+
     @contextmanager
     def around(self, op: str, stage: int, micro_batch: int, *, last: bool) -> Iterator[None]:
         """Let the last backward of a stage reduce its gradients; see MicrobatchHooks."""

@@ -1,24 +1,37 @@
 """Process groups by their ranks: each is made once, on first use, and found again.
 
 Communicators are costly (milliseconds on gloo, tens of megabytes on NCCL), so whoever needs one asks here.
+
+Only its members make a group, so that one can be made in the middle of a run. torch's own ``new_group`` can do that
+too, but names the group by how many groups the asking rank has: where that differs between the members, they wait for
+each other under different names forever. Here the name follows from the ranks, the registry and how often this very
+group has been made before, on which its members agree.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from distrain.core.errors import ConfigError
 
 
 class GroupRegistry:
-    """All process groups of this rank."""
+    """All process groups of this rank, or all of one purpose, whose traffic stays apart from that of others."""
 
-    def __init__(self, axes: dict[str, dist.ProcessGroup]) -> None:
-        """``axes`` are the groups that exist already: the mesh's, by the name of their axis."""
-        self._axes = axes
-        self._by_ranks: dict[tuple[object, ...], dist.ProcessGroup] = {}
+    def __init__(self, axes: Mapping[str, dist.ProcessGroup], *, timeout: timedelta, name: str = "") -> None:
+        """``axes`` are the groups that exist already: the mesh's, by the name of their axis.
+
+        ``timeout`` is that of collectives in new groups; ``name`` tells the registry from others of this job.
+        """
+        self._axes, self._timeout, self._name = axes, timeout, name
+        self._by_key: dict[tuple[object, ...], dist.ProcessGroup] = {}
+        self._times_made: Counter[tuple[object, ...]] = Counter()
         for group in axes.values():
-            self._by_ranks.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+            self._by_key.setdefault(tuple(dist.get_process_group_ranks(group)), group)
         self._separate_links = dist.get_backend() != dist.Backend.GLOO
 
     def axis(self, name: str) -> dist.ProcessGroup:
@@ -28,12 +41,22 @@ class GroupRegistry:
         except KeyError:
             raise ConfigError("unknown mesh axis", got=name, allowed=", ".join(self._axes)) from None
 
+    def apart(self, name: str) -> "GroupRegistry":
+        """A registry without groups as yet, for traffic that must not mix with this one's."""
+        return GroupRegistry({}, timeout=self._timeout, name=f"{self._name}/{name}")
+
     def of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """The group of these global ``ranks``. Its members must all ask, in the same order as for other new groups."""
-        key = tuple(ranks)
-        if key not in self._by_ranks:
-            self._by_ranks[key] = _new_group(key)
-        return self._by_ranks[key]
+        """The group of these ascending global ``ranks``.
+
+        The members of a new group must all ask for it, and those of several groups in the same order.
+        """
+        return self._made(tuple(ranks), tuple(ranks))
+
+    def drop(self, ranks: Sequence[int]) -> None:
+        """Give up the group of ``ranks``, if there is one; all members must, and nothing may be under way in it."""
+        group = self._by_key.pop(tuple(ranks), None)
+        if group is not None:
+            dist.destroy_process_group(group)
 
     def link(self, src: int, dst: int, kind: int) -> dist.ProcessGroup | None:
         """The group for messages of one kind from ``src`` to ``dst``; None is the default group.
@@ -42,14 +65,28 @@ class GroupRegistry:
         """
         if not self._separate_links:
             return None
-        key = ("link", src, dst, kind)
-        if key not in self._by_ranks:
-            self._by_ranks[key] = _new_group(tuple(sorted((src, dst))))
-        return self._by_ranks[key]
+        return self._made(("link", src, dst, kind), tuple(sorted((src, dst))))
+
+    def _made(self, key: tuple[object, ...], ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        if key not in self._by_key:
+            name = f"{self._name}/{key}/{self._times_made[key]}"
+            self._by_key[key] = _new_group(ranks, name=name, timeout=self._timeout)
+            self._times_made[key] += 1
+        return self._by_key[key]
 
 
-def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    # Only the members take part, so that groups can be made in the middle of a step.
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
+def _new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A group under a ``name`` that all members know; torch has no public call that takes one."""
+    backend, store = distributed_c10d._world.pg_map[distributed_c10d._get_default_group()]
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        list(ranks),
+        dist.Backend(backend),
+        store,
+        hashlib.blake2b(name.encode(), digest_size=16).hexdigest(),  # type: ignore[arg-type]
+        timeout=timeout,
+    )
     assert isinstance(group, dist.ProcessGroup)
+    distributed_c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
     return group

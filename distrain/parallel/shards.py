@@ -60,6 +60,9 @@ class DataParallelism(MicrobatchHooks, Protocol):
 
     shards: Sequence[Shard]
 
+    def begin(self, micro_batches: int) -> None:
+        """The coming step has so many micro-batches, on every replica; until told otherwise, as many as at the last."""
+
     def gather(self) -> None:
         """Make all of the model's parameters whole, to look at them; a forward pass does so by itself."""
 

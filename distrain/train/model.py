@@ -6,7 +6,13 @@ nothing of parallelism; ``roles`` says what each module is, and ``parallel.tenso
 
 Shapes: B sequences, T tokens, D model features, H heads, K key/value heads, E features of a head, V vocabulary.
 With tensor parallelism a stage's hidden state is [B, T / tp, D], and H, K are the local heads.
+
+Sequences of different lengths can also lie one behind the other in a single row, of which a rank has a part. Then a
+``packed`` argument goes with the tokens, which knows their positions and how to attend: nothing else in the model
+asks where a token stands.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +23,27 @@ from distrain.parallel.deferred import Linear
 from distrain.parallel.roles import Role
 
 
+class Packed(Protocol):
+    """The tokens of a row [1, T]: which positions they have in their sequences, and how these attend."""
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]."""
+        ...
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        """Causal attention inside each sequence: [T, H, E]."""
+        ...
+
+
 class Rotary:
-    """Rotary position tables and attention masks of one length, kept for the next call of the same length."""
+    """Rotary position tables and attention masks, kept for the next call with the same length or packed row."""
 
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
         self._key: tuple[object, ...] = ()
         self._tables: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._packed: tuple[Packed, torch.dtype, Tensor, Tensor] | None = None
 
     def tables(self, num_tokens: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos and sin [T, E/2], and the boolean band mask [T, T] if a window is shorter than T (otherwise None)."""
@@ -33,16 +53,27 @@ class Rotary:
             self._tables, self._key = self._build(num_tokens, dtype, like.device), key
         return self._tables
 
+    def packed(self, row: Packed, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, E/2] of the positions of ``row``."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if self._packed is None or self._packed[0] is not row or self._packed[1] != dtype:
+            angles = self._angles(row.positions.double())
+            self._packed = row, dtype, angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._packed[2:]
+
+    def _angles(self, positions_T: Tensor) -> Tensor:
+        """[T, E/2], in float64: at a million tokens, float32 would lose the fast frequencies."""
+        exponents = (
+            torch.arange(0, self._shape.head_dim, 2, dtype=torch.float64, device=positions_T.device)
+            / self._shape.head_dim
+        )
+        return torch.outer(positions_T, self._shape.rope_theta**-exponents)
+
     def _build(
         self, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Angles in float64: at a million tokens, float32 would lose the fast frequencies.
-        exponents = (
-            torch.arange(0, self._shape.head_dim, 2, dtype=torch.float64, device=device)
-            / self._shape.head_dim
-        )
         positions = torch.arange(num_tokens, dtype=torch.float64, device=device)
-        angles = torch.outer(positions, self._shape.rope_theta**-exponents)
+        angles = self._angles(positions)
         mask = None
         if 0 < self._shape.window < num_tokens:
             distance = positions[:, None] - positions[None, :]
@@ -51,7 +82,7 @@ class Rotary:
 
 
 def rotate(x_BHTE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Turn the two halves of each head by the angles of its position."""
+    """Turn the two halves of each head by the angles of its position; any dims that broadcast against x's will do."""
     first, second = x_BHTE.chunk(2, dim=-1)
     turned = torch.cat((first * cos_TF - second * sin_TF, second * cos_TF + first * sin_TF), dim=-1)
     return turned.to(x_BHTE.dtype)
@@ -76,8 +107,10 @@ class Attention(nn.Module):
         self.wv = Linear(shape.d_model, kv_width, bias=False)
         self.wo = Linear(shape.d_model, shape.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Attend over all T tokens of each sequence: [B, T, D] -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, *, packed: Packed | None = None) -> Tensor:
+        """Attend over all T tokens of each sequence: [B, T, D] -> [B, T, D]; B is 1 if they are ``packed``."""
+        if packed is not None:
+            return self._forward_packed(x_BTD, packed)
         q_BHTE, k_BKTE, v_BKTE = (
             proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.wq, self.wk, self.wv)
@@ -93,6 +126,14 @@ class Attention(nn.Module):
             enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
         )
         return self.wo(out_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _forward_packed(self, x_1TD: Tensor, packed: Packed) -> Tensor:
+        q_THE, k_TKE, v_TKE = (
+            proj(x_1TD).squeeze(0).unflatten(-1, (-1, self.head_dim)) for proj in (self.wq, self.wk, self.wv)
+        )
+        cos, sin = (table.unsqueeze(1) for table in self.rotary.packed(packed, q_THE))
+        out_THE = packed.attend(rotate(q_THE, cos, sin), rotate(k_TKE, cos, sin), v_TKE)
+        return self.wo(out_THE.flatten(1).unsqueeze(0))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -119,12 +160,12 @@ class Block(nn.Module):
         self.mlp_norm = None if shape.parallel_block else nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, *, packed: Packed | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         normed = _as_computed(self.attn_norm(x_BTD))
         if self.mlp_norm is None:
-            return x_BTD + self.attn(normed) + self.mlp(normed)  # type: ignore[no-any-return]
-        x_BTD = x_BTD + self.attn(normed)
+            return x_BTD + self.attn(normed, packed=packed) + self.mlp(normed)  # type: ignore[no-any-return]
+        x_BTD = x_BTD + self.attn(normed, packed=packed)
         return x_BTD + self.mlp(_as_computed(self.mlp_norm(x_BTD)))  # type: ignore[no-any-return]
 
 
@@ -144,12 +185,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps) if is_last else None
         self.head = Linear(shape.d_model, shape.vocab_size, bias=False) if is_last else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, packed: Packed | None = None) -> Tensor:
         """Token ids [B, T] (first stage) or hidden state [B, T, D] -> hidden state, or logits [B, T, V] (last)."""
         if self.embed is not None:
             x = self.embed(x)
         for layer in self.layers.values():
-            x = layer(x)
+            x = layer(x, packed=packed)
         if self.norm is not None and self.head is not None:
             x = self.head(self.norm(x))
         return x

@@ -1,6 +1,7 @@
 """One process against many: the same model, data and optimizer, whole and under a layout, in float64."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from distrain.core.config import OptimizerConfig
 from distrain.core.vocabulary import DataParallel, Degrees, ModelShape, Schedule
-from distrain.parallel import MicroBatch, buckets, init
+from distrain.parallel import MicroBatch, Parallel, buckets, init
 from distrain.parallel.shards import clip_, global_norm
 from distrain.parallel.tensor import loss_context
 from distrain.train.assembly import Assembly, assemble
@@ -25,6 +26,7 @@ ROWS = 2  # sequences of a micro-batch on one replica
 STEPS = 3
 SEED = 7
 Arrays = dict[str, np.ndarray]
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Outcome:
     weights: Arrays
 
 
-def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
+def batches(case: Case, step: int) -> Pairs:
     """Inputs and targets of each micro-batch over all replicas; some targets carry no loss."""
     generator = torch.Generator().manual_seed(100 + step)
     pairs = []
@@ -70,8 +72,11 @@ def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def one_process(case: Case) -> Outcome:
-    """The plain way: the whole model, autograd, torch's own AdamW and clipping (or LAMB written out)."""
+def one_process(case: Case, *, pairs_of: Callable[[int], Pairs] | None = None) -> Outcome:
+    """The plain way: the whole model, autograd, torch's own AdamW and clipping (or LAMB written out).
+
+    ``pairs_of`` gives inputs and targets of a step, if not as ``batches`` does.
+    """
     with torch.device("meta"):
         model = Decoder(case.shape).double()
     materialize(model, device=torch.device("cpu"), seed=SEED, num_layers=case.shape.num_layers)
@@ -79,8 +84,8 @@ def one_process(case: Case) -> Outcome:
     optimizer = _reference_optimizer(named, case.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
-        pairs = batches(case, step)
-        num_tokens = sum(int((targets != -100).sum()) for _, targets in pairs)
+        pairs = pairs_of(step) if pairs_of else batches(case, step)
+        num_tokens = count_tokens(pairs)
         total = torch.stack(
             [F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") for x, y in pairs]
         ).sum()
@@ -109,22 +114,32 @@ def under_layout(rank: int, world_size: int, case: Case) -> Outcome:
         seed=SEED,
         dtype=torch.float64,
     )
+    mine = slice(ROWS * parallel.coordinates["dp"], ROWS * (parallel.coordinates["dp"] + 1))
+
+    def share(step: int) -> tuple[list[MicroBatch], int]:
+        pairs = batches(case, step)
+        tp, width = case.degrees.tp, case.shape.d_model
+        return [
+            MicroBatch(x[mine], y[mine], (ROWS, x.shape[1] // tp, width)) for x, y in pairs
+        ], count_tokens(pairs)
+
+    return train(case, parallel, assembly, share)
+
+
+def train(
+    case: Case, parallel: Parallel, assembly: Assembly, share: Callable[[int], tuple[list[MicroBatch], int]]
+) -> Outcome:
+    """Train on ``share(step)``: this rank's micro-batches, and the number of tokens on all ranks."""
     data = assembly.data
     optimizer = build_optimizer(
         data.shards, case.optimizer, names=assembly.names, group=parallel.groups.axis("model")
     )
-    mine = slice(ROWS * parallel.coordinates["dp"], ROWS * (parallel.coordinates["dp"] + 1))
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
-        pairs = batches(case, step)
-        assembly.loss.num_tokens = sum(int((targets != -100).sum()) for _, targets in pairs)
+        micro_batches, assembly.loss.num_tokens = share(step)
+        data.begin(len(micro_batches))
         with loss_context(case.degrees.tp):
-            parts = assembly.runtime.step(
-                [
-                    MicroBatch(x[mine], y[mine], (ROWS, x.shape[1] // case.degrees.tp, case.shape.d_model))
-                    for x, y in pairs
-                ]
-            )
+            parts = assembly.runtime.step(micro_batches)
         data.reduce()
         if step == 0:
             gradients = _through_parameters(assembly, [shard.gradient for shard in data.shards])
@@ -139,6 +154,11 @@ def under_layout(rank: int, world_size: int, case: Case) -> Outcome:
         norms.append(norm.item())
     data.gather()
     return Outcome(losses, norms, gradients, whole(assembly))
+
+
+def count_tokens(pairs: Pairs) -> int:
+    """Targets that carry loss."""
+    return sum(int((targets != -100).sum()) for _, targets in pairs)
 
 
 def whole(assembly: Assembly) -> Arrays:

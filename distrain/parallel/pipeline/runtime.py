@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distrain.core.protocols import MicrobatchHooks
 from distrain.parallel.groups import GroupRegistry
-from distrain.planners.schedules import Op, PipelineSchedule, Step
+from distrain.planners.schedules import Op, PipelineSchedule, Step, build
 
 from .p2p import Kind, Links, Message
 from .stage import Stage
@@ -36,12 +36,15 @@ class MicroBatch:
     """ids [B, T] where the last stage is"""
     hidden_shape: tuple[int, ...]
     """of the tensor between stages: [B, T / tp, D]"""
+    packed: object | None = None
+    """what every stage's module is told of the tokens (``train.model.Packed``), if they are a packed row"""
 
 
 class PipelineRuntime:
     """Runs the stages of one rank through a schedule, step after step.
 
     ``ranks`` are the global ranks of the pipeline, first to last; ``rank`` is the place of this one among them.
+    A step may have another number of micro-batches than ``schedule``, the same on all of these ranks.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class PipelineRuntime:
     ) -> None:
         self._stages = {stage.index: stage for stage in stages}
         self._schedule = schedule
+        self._schedules = {schedule.micro_batches: schedule}
         self._ranks = ranks
         self._rank = rank
         self._groups = groups
@@ -68,13 +72,25 @@ class PipelineRuntime:
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Forward and backward of every micro-batch; the losses, where the last stage is, else an empty list."""
-        return self._run(self._schedule.steps[self._rank], micro_batches)
+        return self._run(self._steps(len(micro_batches)), micro_batches)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Forward only; the losses, where the last stage is, else an empty list."""
-        forwards = [step for step in self._schedule.steps[self._rank] if step.op is Op.FORWARD]
+        forwards = [step for step in self._steps(len(micro_batches)) if step.op is Op.FORWARD]
         return self._run(forwards, micro_batches)
+
+    def _steps(self, micro_batches: int) -> Sequence[Step]:
+        """This rank's row of the schedule for so many micro-batches."""
+        if micro_batches not in self._schedules:
+            like = self._schedule
+            self._schedules[micro_batches] = build(
+                like.kind,
+                num_ranks=like.num_ranks,
+                micro_batches=micro_batches,
+                stages_per_rank=like.stages_per_rank,
+            )
+        return self._schedules[micro_batches].steps[self._rank]
 
     def _run(self, steps: Sequence[Step], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         incoming = [m for step in steps if (m := self._source(step, micro_batches)) and m.src != m.dst]
@@ -166,7 +182,9 @@ class PipelineRuntime:
             case Op.FORWARD:
                 source = micro_batch.inputs if stage.is_first else arrived
                 assert source is not None
-                return stage.forward(step.micro_batch, source, targets=micro_batch.targets)
+                return stage.forward(
+                    step.micro_batch, source, targets=micro_batch.targets, packed=micro_batch.packed
+                )
             case Op.BACKWARD:
                 return stage.backward(step.micro_batch, arrived)
             case Op.BACKWARD_INPUT:

@@ -45,16 +45,20 @@ class Stage:
         self.can_defer = not self.is_first and bool(self._splitter)
         """whether B leaves the weights' gradients to a later W; nobody waits for the first stage's B"""
 
-    def forward(self, micro_batch: int, source: Tensor, *, targets: Tensor | None) -> Tensor:
+    def forward(
+        self, micro_batch: int, source: Tensor, *, targets: Tensor | None, packed: object | None = None
+    ) -> Tensor:
         """Run the module; the result is detached: a hidden state to send on, or the loss (scalar) on the last stage.
 
-        ``source`` is the ids [B, T] on the first stage and the received hidden state elsewhere.
+        ``source`` is the ids [B, T] on the first stage and the received hidden state elsewhere; ``packed`` goes to
+        the module as it is.
         """
+        context = {} if packed is None else {"packed": packed}
         needs_grad = torch.is_grad_enabled()
         if needs_grad and not self.is_first:
             source = source.detach().requires_grad_()
         with self._splitter.recording() if needs_grad and self.can_defer else nullcontext() as tape:
-            result: Tensor = self.module(source)
+            result: Tensor = self.module(source, **context)
         if self.is_last:
             assert targets is not None
             result = self._loss_fn(result, targets)

@@ -78,6 +78,16 @@ def collate(sequences: Iterable[Ids], *, padded_len: int) -> tuple[Ids, Ids]:
     return inputs, targets
 
 
+def pack(sequences: Sequence[Ids], tokens: Ids) -> tuple[Ids, Ids]:
+    """Inputs and targets, int64 [1, n] each, of some ``tokens`` [n] of ``sequences`` laid one behind the other.
+
+    Tokens are numbered by what is predicted: a sequence of n + 1 ids has n. -1 is padding, without a target.
+    """
+    inputs = np.concatenate([*(ids[:-1] for ids in sequences), [PADDING]])
+    targets = np.concatenate([*(ids[1:] for ids in sequences), [IGNORED]])
+    return inputs[None, tokens], targets[None, tokens]
+
+
 def _deal(longest_first: list[int], lengths: list[int], dp: int) -> list[list[int]]:
     """Each to the replica with the fewest tokens among those that have room left (LPT)."""
     rows = len(longest_first) // dp

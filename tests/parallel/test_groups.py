@@ -1,0 +1,47 @@
+"""Process groups that only their members make."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distrain.core.vocabulary import Degrees
+from distrain.parallel import init
+from helpers.ranks import run_ranks
+
+
+def _sum(group: dist.ProcessGroup) -> float:
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+def _after_different_histories(rank: int, world_size: int) -> list[float]:
+    groups = init(Degrees(dp=world_size), device="cpu").groups
+    sums = []
+    for ranks in ((0, 1), (0, 2), (1, 2), (0, 3), (0, 1, 2, 3)):
+        if rank in ranks:
+            sums.append(_sum(groups.of(ranks)))
+    return sums
+
+
+@pytest.mark.ranks
+def test_ranks_that_are_in_different_numbers_of_groups_find_each_other() -> None:
+    assert run_ranks(_after_different_histories, 4) == [[1, 2, 3, 6], [1, 3, 6], [2, 3, 6], [3, 6]]
+
+
+def _dropped_and_made_again(rank: int, world_size: int) -> list[float]:
+    groups = init(Degrees(dp=world_size), device="cpu").groups.apart("test")
+    before = len(dist.distributed_c10d._world.pg_map)
+    sums = []
+    for _ in range(3):
+        sums.append(_sum(groups.of((0, 1))))
+        assert groups.of((0, 1)) is groups.of((0, 1))
+        assert len(dist.distributed_c10d._world.pg_map) == before + 1
+        groups.drop((0, 1))
+        assert len(dist.distributed_c10d._world.pg_map) == before
+    return sums
+
+
+@pytest.mark.ranks
+def test_a_group_can_be_given_up_and_made_again() -> None:
+    assert run_ranks(_dropped_and_made_again, 2) == [[1, 1, 1]] * 2
