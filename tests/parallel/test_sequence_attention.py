@@ -2,7 +2,9 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,10 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distrain.core.errors import ConfigError
+from distrain.core.protocols import CollectiveCall
 from distrain.core.vocabulary import Degrees
+from distrain.faults.inject.engines.intercept import intercept, through
 from distrain.parallel import init
 from distrain.parallel.sequence.attention import SequenceAttention
 from distrain.parallel.sequence.layout import SequenceLayout
+from distrain.parallel.sequence.ulysses import HeadSplit
 from helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -158,3 +164,128 @@ EXACT = [
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_output_and_gradients_equal_plain_softmax_in_one_process(case: Case) -> None:
     assert_equal_to_one_process(case, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize("group", [(4, 1), (1, 4), (2, 2)])
+def test_narrower_types_agree_within_their_precision(
+    group: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    assert_equal_to_one_process(Case((group,), dtype=dtype, lengths=((150, 7, 40),)), tolerance)
+
+
+@pytest.mark.parametrize("group", [(4, 1), (1, 4), (2, 2)])
+def test_packing_order_changes_nothing(group: tuple[int, int]) -> None:
+    for lengths in (LENGTHS, LENGTHS[::-1], (40, 1, 3, 130, 7, 2)):
+        assert_equal_to_one_process(Case((group,), lengths=(lengths,)), 1e-12)
+
+
+def kept_bytes(rank: int, world_size: int, ulysses: int, ring: int, num_kv_heads: int) -> int:
+    """Memory kept for the backward pass by one attention of this rank."""
+    layout = SequenceLayout.build([700, 300], ulysses=ulysses, ring=ring)
+    groups = init(Degrees(dp=world_size), device="cpu").groups
+    attention = SequenceAttention(layout, index=rank, ranks=range(world_size), groups=groups)
+    heads = (4, num_kv_heads, num_kv_heads)
+    leaves = [torch.randn(layout.num_local, n, FEATURES, requires_grad=True) for n in heads]
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = attention.attend(*leaves)
+    out.sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("group", [(4, 1), (1, 4), (2, 2)])
+def test_memory_of_a_rank_falls_with_the_degree(group: tuple[int, int]) -> None:
+    (alone,) = run_ranks(kept_bytes, 1, 1, 1, 4)
+    assert alone == 4 * 1000 * 4 * (4 * FEATURES + 1)
+    assert run_ranks(kept_bytes, 4, *group, 4) == [alone / 4] * 4
+
+
+def fails_in_the_middle(rank: int, world_size: int, ulysses: int, ring: int) -> str:
+    """What a rank says when rank 1 fails between forward and backward."""
+    layout = SequenceLayout.build([64], ulysses=ulysses, ring=ring)
+    groups = init(Degrees(dp=world_size), device="cpu").groups
+    attention = SequenceAttention(layout, index=rank, ranks=range(world_size), groups=groups)
+    leaves = [torch.randn(layout.num_local, 4, FEATURES, requires_grad=True) for _ in range(3)]
+    out = attention.attend(*leaves)
+    dist.barrier()
+    if rank == 1:
+        dist.destroy_process_group()
+        return "gone"
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        return type(error).__name__
+    return "went on"
+
+
+@pytest.mark.parametrize("group", [(4, 1), (1, 4), (2, 2)])
+def test_no_rank_waits_for_one_that_is_gone(group: tuple[int, int]) -> None:
+    first, victim, *others = run_ranks(fails_in_the_middle, 4, *group)
+    assert victim == "gone"
+    assert [first, *others] == ["RuntimeError"] * 3
+
+
+def test_too_many_ranks_for_the_heads_are_refused_with_a_way_out() -> None:
+    with pytest.raises(ConfigError) as caught:
+        HeadSplit.of(num_heads=2, num_kv_heads=2, num_ranks=4)
+    assert "ulysses <= 2" in str(caught.value) and "ring" in str(caught.value)
+
+
+def test_heads_that_do_not_divide_are_shared_and_their_keys_go_to_all_readers() -> None:
+    split = HeadSplit.of(num_heads=6, num_kv_heads=2, num_ranks=4)
+    assert split.queries == ((0, 1), (1, 3), (3, 4), (4, 6))
+    assert split.keys == ((0, 1), (0, 1), (1, 2), (1, 2))
+
+
+def test_autocast_counts_as_it_does_in_torchs_attention() -> None:
+    attention = SequenceAttention(SequenceLayout.build([5, 3]))
+    q, k, v = (torch.randn(8, 2, FEATURES) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention.attend(q, k, v).dtype is torch.bfloat16
+    assert attention.attend(q, k, v).dtype is torch.float32
+
+
+def traffic(rank: int, world_size: int, ulysses: int, ring: int) -> tuple[Counter[str], int]:
+    """Collectives of one forward and backward, and the bytes of the first, as the one seam sees them."""
+    seen: list[CollectiveCall] = []
+
+    class Recorder:
+        @contextmanager
+        def collective(self, call: CollectiveCall) -> Iterator[None]:
+            seen.append(call)
+            yield
+
+    layout = SequenceLayout.build([64], ulysses=ulysses, ring=ring)
+    groups = init(Degrees(dp=world_size), device="cpu").groups
+    attention = SequenceAttention(layout, index=rank, ranks=range(world_size), groups=groups)
+    leaves = [torch.randn(layout.num_local, 4, FEATURES, requires_grad=True) for _ in range(3)]
+    with ExitStack() as stack:
+        intercept(through(Recorder()), stack)
+        attention.attend(*leaves).sum().backward()
+    return Counter(call.name for call in seen), seen[0].num_bytes
+
+
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [
+        ((4, 1), {"all_to_all": 4}),
+        # Keys and values go round in both passes, their gradients once.
+        ((1, 4), {"send": 9, "recv": 9}),
+        ((2, 2), {"all_to_all": 4, "send": 3, "recv": 3}),
+    ],
+)
+def test_all_traffic_passes_the_seam_of_records_and_faults(
+    group: tuple[int, int], names: dict[str, int]
+) -> None:
+    for counts, num_bytes in run_ranks(traffic, 4, *group):
+        assert counts == names
+        sent = 2 if group == (1, 4) else 3  # k and v, or q too
+        assert num_bytes == sent * 16 * 4 * FEATURES * 4

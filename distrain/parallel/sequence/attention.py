@@ -19,7 +19,7 @@ from distrain.parallel.groups import GroupRegistry
 
 from .layout import SequenceLayout
 from .loop import FlashCpu, LoopKernel, Plain
-from .packed import PackedKernel
+from .packed import FlashCuda, PackedKernel
 from .ring import Ring, ring_attention
 from .ulysses import HeadSplit, gather_heads, scatter_heads
 from .varlen import Kernel, pieces
@@ -48,6 +48,8 @@ class SequenceAttention:
                 got=f"ranks {list(ranks)}, degree {layout.degree}",
                 allowed=f"{layout.degree} ascending ranks",
             )
+        if layout.degree > 1 and groups is None:
+            raise ValueError("more than one rank needs groups to talk in")
         self.layout = layout
         self._window = window
         self._place, self._ulysses_index = divmod(index, layout.ulysses)
@@ -92,7 +94,7 @@ class SequenceAttention:
             for step in range(self._ring.num_places)
         ]
         if device.type == "cuda" and dtype.itemsize == 2:
-            return PackedKernel(steps, window=self._window, device=device)
+            return PackedKernel(steps, window=self._window, device=device, varlen=FlashCuda())
         return LoopKernel(
             steps, window=self._window, rectangle=FlashCpu() if device.type == "cpu" else Plain()
         )

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .varlen import BAND, Piece, Saved
+from .varlen import BAND, Piece, Saved, merge
 
 
 class Rectangle(Protocol):
@@ -138,14 +138,6 @@ def bands(piece: Piece, window: int, *, like: Tensor) -> Iterator[tuple[slice, s
             slice(first_key + low, first_key + high),
             mask,
         )
-
-
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Add to the partial attention ``out`` [..., N, E] with ``lse`` [..., N] what another part of the keys gives."""
-    total = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1))
-    out.addcmul_(other.to(out.dtype), (other_lse - total).exp_().unsqueeze(-1))
-    lse.copy_(total)
 
 
 def _repeated(kv_2KME: Sequence[Tensor], rows: slice, num_queries: int) -> list[Tensor]:

@@ -12,7 +12,8 @@ the backward pass, which sends the keys and values round once more and their gra
 its own tokens and two portions, whatever the sequences' lengths. With one place nothing travels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,23 +43,21 @@ class Ring(NamedTuple):
         assert self.group is not None
         place, num_places = dist.get_rank(self.group), dist.get_world_size(self.group)
         arriving = torch.empty_like(tensor)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(
-                    dist.isend, tensor, group=self.group, tag=tag, group_peer=(place + 1) % num_places
-                ),
-                dist.P2POp(
-                    dist.irecv, arriving, group=self.group, tag=tag, group_peer=(place - 1) % num_places
-                ),
-            ]
+        ends = (
+            (dist.isend, tensor, (place + 1) % num_places),
+            (dist.irecv, arriving, (place - 1) % num_places),
         )
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(do, buffer, group=self.group, tag=tag, group_peer=peer) for do, buffer, peer in ends]
+        )
+        return partial(_arrived, works, arriving, tensor)
 
-        def wait() -> Tensor:
-            for work in works:
-                work.wait()
-            return arriving
 
-        return wait
+def _arrived(works: Sequence[dist.Work], arriving: Tensor, _sent: Tensor) -> Tensor:
+    """``arriving`` once it is there; what was sent is kept until it has left."""
+    for work in works:
+        work.wait()
+    return arriving
 
 
 def ring_attention(q_HNE: Tensor, k_KNE: Tensor, v_KNE: Tensor, *, kernel: Kernel, ring: Ring) -> Tensor:
@@ -72,7 +71,12 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_KGNE: Tensor, k_KNE: Tensor, v_KNE: Tensor, kernel: Kernel, ring: Ring) -> Tensor:
         wide = torch.promote_types(q_KGNE.dtype, torch.float32)
-        out_KGNE = q_KGNE.new_zeros(q_KGNE.shape, dtype=wide if ring.num_places > 1 else q_KGNE.dtype)
+        num_kv_heads, num_readers, num_tokens, num_features = q_KGNE.shape
+        # Token by token in memory, as the projection that comes next reads it.
+        out_KGNE = q_KGNE.new_zeros(
+            (num_tokens, num_kv_heads, num_readers, num_features),
+            dtype=wide if ring.num_places > 1 else q_KGNE.dtype,
+        ).permute(1, 2, 0, 3)
         lse_KGN = q_KGNE.new_zeros(q_KGNE.shape[:3], dtype=wide)
         portions = _Portions(k_KNE, v_KNE, ring)
         for step in range(ring.num_places):
@@ -88,7 +92,7 @@ class _RingAttention(torch.autograd.Function):
         q_KGNE, k_KNE, v_KNE, out_KGNE, lse_KGN = ctx.saved_tensors
         kernel, ring = ctx.kernel, ctx.ring
         saved = Saved(grad_KGNE, q_KGNE, out_KGNE, lse_KGN)
-        dq_KGNE = torch.zeros_like(q_KGNE, dtype=lse_KGN.dtype)
+        dq_KGNE = lse_KGN.new_zeros(q_KGNE.shape)
         dkv_2KNE = lse_KGN.new_zeros((2, *k_KNE.shape))
         portions = _Portions(k_KNE, v_KNE, ring)
         travelling: Callable[[], Tensor] | None = None

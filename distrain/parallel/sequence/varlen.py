@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .layout import Span
@@ -132,3 +133,11 @@ class Saved(NamedTuple):
     q_KGNE: Tensor
     out_KGNE: Tensor
     lse_KGN: Tensor
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Add to the partial attention ``out`` [..., N, E] with ``lse`` [..., N] what another part of the keys gives."""
+    total = torch.logaddexp(lse, other_lse)
+    out.mul_((lse - total).exp_().unsqueeze(-1))
+    out.addcmul_(other.to(out.dtype), (other_lse - total).exp_().unsqueeze(-1))
+    lse.copy_(total)
