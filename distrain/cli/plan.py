@@ -2,6 +2,7 @@
 
 import typer
 
+from ._plan_buffers import buffers
 from ._plan_sequence import sequence
 
 plan = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -12,4 +13,5 @@ def _plan() -> None:
     """Solve one planning problem: show the plan, how good it is proven to be, and write it with -o."""
 
 
+plan.command()(buffers)
 plan.command()(sequence)
