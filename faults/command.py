@@ -15,10 +15,17 @@ TIMED_OUT = 128 + signal.SIGKILL
 """exit code of a job that took too long"""
 
 
-def script_words(script: Path, args: Sequence[str], *, ranks: int, nodes: int) -> list[str]:
-    """Words that run a script, unchanged, on ``ranks`` ranks of this machine, as armed as its environment says."""
+def launch_words(*, ranks: int, nodes: int, netns: bool) -> list[str]:
+    """Words that start what follows them on ``ranks`` ranks of this machine."""
     emulated = ["--emulate-nodes", str(nodes)] if nodes > 1 else []
-    words = [sys.executable, "-m", "distrain", "launch", "--nproc-per-node", str(ranks // nodes), *emulated]
+    isolated = ["--netns"] if netns else []
+    nproc = ["--nproc-per-node", str(ranks // nodes)]
+    return [sys.executable, "-m", "distrain", "launch", *nproc, *emulated, *isolated]
+
+
+def script_words(script: Path, args: Sequence[str], *, ranks: int, nodes: int, netns: bool) -> list[str]:
+    """Words that run a script, unchanged, on ``ranks`` ranks of this machine, as armed as its environment says."""
+    words = launch_words(ranks=ranks, nodes=nodes, netns=netns)
     return [*words, "-m", "distrain.faults.inject.script", str(script.absolute()), *args]
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from distrain.core.vocabulary import REPORT, IncidentClass
 from .command import end_all, first_failure, run_command
 from .inject import FaultPlan, Injector, JobShape, read_truth
 from .score import Attempt, Detection, Score, StepDone, score
+from .watcher import Watcher
 
 Command = Callable[[Path], Sequence[str]]
 """words that start the job in a run folder"""
@@ -52,11 +53,16 @@ class Drill:
 
 
 def run(drill: Drill, *, say: Say = lambda text: None) -> Score:
-    """Carry the drill out.
+    """Carry the drill out; the job ends with this process, whatever kills it.
 
     Raises:
         LaunchError: the job fails without any fault.
     """
+    with Watcher() as watcher:
+        return _run(replace(drill, environ={**drill.environ, **watcher.variables}), say)
+
+
+def _run(drill: Drill, say: Say) -> Score:
     if drill.with_reference:
         say("an undisturbed run, for comparison")
         reference = _launch(drill, drill.folder / "sound", "reference", {})

@@ -17,6 +17,7 @@ examples:
   distrain launch --standalone --nproc-per-node gpu -m package.train
   distrain launch --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr host0 --master-port 29500 train.py
   distrain launch --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint host0:29400 train.py
+  distrain launch --nproc-per-node 2 --emulate-nodes 2 --netns train.py
   distrain launch --nproc-per-node 2 --emulate-nodes 2 --plan plan.json run.toml
 
 Every option can also come from the environment, as with torchrun: PET_NPROC_PER_NODE=4. Exit codes: 0 every rank
@@ -58,6 +59,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         ),
         Flag("--node-rank", "number of this node, for static rendezvous (default 0)", "K", default="0"),
         Flag("--emulate-nodes", "run N local 'nodes' of --nproc-per-node ranks each, one agent a node", "N"),
+        Flag("--netns", "give each emulated node a network and a control group of its own"),
         Flag("--plan", "a ParallelPlan: checked, ranks placed by it, exported as DISTRAIN_PLAN", "P.json"),
     ),
     "what to run": (

@@ -12,6 +12,8 @@ from distrain.core.errors import ConfigError, Problem
 
 from .placement import read_plan
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOptions:
@@ -27,7 +29,9 @@ class LaunchOptions:
     node_name: str = ""
     """name of this node in messages; empty: the host's"""
     emulate_nodes: int = 1
-    master_addr: str = "127.0.0.1"
+    netns: bool = False
+    """each emulated node has a network of its own"""
+    master_addr: str = LOOPBACK
     """where the nodes meet, and where node 0 serves the store"""
     master_port: int = 0
     """0: any free port (one node only)"""
@@ -92,6 +96,11 @@ def check(options: LaunchOptions) -> list[Problem]:
         problems.append(
             Problem("--emulate-nodes must be positive", got=str(options.emulate_nodes), allowed="1 or more")
         )
+    if options.netns and options.emulate_nodes == 1:
+        problems.append(Problem("--netns is for emulated nodes", "1 node", hint="--emulate-nodes 2"))
+    if options.netns and (options.local_addr or options.master_addr != LOOPBACK):
+        got = " ".join(filter(None, (options.master_addr, options.local_addr)))
+        problems.append(Problem("--netns gives the nodes their addresses itself", got, "no address"))
     world_size = options.nproc * options.nnodes * options.emulate_nodes
     if options.plain_rank is not None and not 0 <= options.plain_rank < max(world_size, 1):
         problems.append(

@@ -65,6 +65,7 @@ class _Reader:
             command=self._command(words, environ=environ),
             nproc=nproc,
             emulate_nodes=self._integer("emulate_nodes") if self.values["emulate_nodes"] else 1,
+            netns=bool(self.values["netns"]),
             role=self.values["role"],
             local_addr=self.values["local_addr"],
             plan=os.path.abspath(self.values["plan"]) if self.values["plan"] else "",

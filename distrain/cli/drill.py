@@ -28,8 +28,11 @@ def drill(
     ] = None,
     ranks: Annotated[int, typer.Option("--ranks", help="Ranks of a script.", min=1)] = 2,
     emulate_nodes: Annotated[
-        int, typer.Option("--emulate-nodes", help="Local nodes for a script's ranks.", min=1)
+        int, typer.Option("--emulate-nodes", help="Local nodes to spread the ranks over.", min=1)
     ] = 1,
+    netns: Annotated[
+        bool, typer.Option("--netns", help="Give each of these nodes a network of its own, for net.* faults.")
+    ] = False,
     launches: Annotated[
         int, typer.Option("--launches", help="How often to start the job at most.", min=1)
     ] = 4,
@@ -53,6 +56,7 @@ def drill(
     Examples:
       distrain drill examples/drills/kill.toml examples/tiny.toml --set train.steps=20 --set checkpoint.every=2
       distrain drill plan.toml train.py --ranks 4 --emulate-nodes 2 -- --lr 0.1
+      distrain drill examples/drills/partition.toml examples/tiny.toml --set train.steps=20 --emulate-nodes 2 --netns
       distrain drill plan.toml run.toml --no-reference --json
     """
     from distrain.core.errors import Problem, raise_if
@@ -61,7 +65,7 @@ def drill(
 
     faults = FaultPlan.load(plan)
     is_run = job.suffix == ".toml"
-    unused = {"--ranks": ranks != 2, "--emulate-nodes": emulate_nodes != 1, "arguments after --": bool(args)}
+    unused = {"--ranks": ranks != 2, "arguments after --": bool(args)}
     problems = [
         Problem(f"{name} is not used by a run's TOML", hint="--set launch.ranks=N says how many ranks it has")
         for name, is_given in unused.items()
@@ -69,17 +73,18 @@ def drill(
     ]
     if overrides and not is_run:
         problems.append(Problem("--set is not used by a script", hint="its own arguments come after --"))
-    if ranks % emulate_nodes:
-        allowed = f"a multiple of {emulate_nodes}"
-        problems.append(Problem("the ranks cannot be spread over the nodes", f"--ranks {ranks}", allowed))
+    if netns and emulate_nodes == 1:
+        problems.append(Problem("--netns is for emulated nodes", "1 node", hint="--emulate-nodes 2"))
     if out and any((out / name).exists() for name in ("sound", "faulty")):
         problems.append(Problem("there is a drill in this folder already", str(out), "a new or empty folder"))
-    raise_if(problems)
     if is_run:
-        shape, command = _run(job, overrides or ())
+        shape, command = _run(job, overrides or (), nodes=emulate_nodes, netns=netns)
     else:
-        shape, command = _script(job, args or (), ranks=ranks, emulate_nodes=emulate_nodes)
-    raise_if(check(faults, shape))
+        shape, command = _script(job, args or (), ranks=ranks, nodes=emulate_nodes, netns=netns)
+    if shape.world_size % emulate_nodes:
+        got, allowed = f"{shape.world_size} ranks", f"a multiple of {emulate_nodes}"
+        problems.append(Problem("the ranks cannot be spread over the nodes", got, allowed))
+    raise_if([*problems, *check(faults, shape)])
     folder = (out or Path(tempfile.mkdtemp(prefix=f"drill-{plan.stem}-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("sound", "faulty"):
@@ -107,10 +112,11 @@ def drill(
     return 1 if found.problems else 0
 
 
-def _run(config: Path, overrides: Sequence[str]) -> "tuple[JobShape, Command]":
+def _run(config: Path, overrides: Sequence[str], *, nodes: int, netns: bool) -> "tuple[JobShape, Command]":
     """A run of our own trainer, which saves its last state in any case, so that it can be compared."""
     from distrain.core.checks import check_run
     from distrain.core.load import load
+    from distrain.faults.command import launch_words
     from distrain.faults.inject import JobShape
 
     def checked(run: "RunConfig") -> Any:
@@ -118,17 +124,20 @@ def _run(config: Path, overrides: Sequence[str]) -> "tuple[JobShape, Command]":
 
     run = load(config, overrides=overrides, check=checked).config
     saves = [] if run.checkpoint.enabled else [f"checkpoint.every={run.train.steps}"]
-    shape = JobShape(world_size=run.launch.ranks, steps=run.train.steps)
+    shape = JobShape(world_size=run.launch.ranks, num_nodes=nodes, steps=run.train.steps, has_network=netns)
 
     def command(folder: Path) -> Sequence[str]:
         sets = [*overrides, *saves, f"run_dir={folder}", "checkpoint.path="]
+        if nodes > 1:
+            words = launch_words(ranks=shape.world_size, nodes=nodes, netns=netns)
+            return [*words, str(config), *sets]
         return [sys.executable, "-m", "distrain", "train", str(config), *(f"--set={item}" for item in sets)]
 
     return shape, command
 
 
 def _script(
-    script: Path, args: Sequence[str], *, ranks: int, emulate_nodes: int
+    script: Path, args: Sequence[str], *, ranks: int, nodes: int, netns: bool
 ) -> "tuple[JobShape, Command]":
     """Somebody's script; its run folder is the working folder of its ranks."""
     from distrain.core.errors import ConfigError
@@ -139,8 +148,8 @@ def _script(
         raise ConfigError(
             "there is no such script", got=str(script), allowed="a Python file, or a run's TOML"
         )
-    words = script_words(script, args, ranks=ranks, nodes=emulate_nodes)
-    return JobShape(world_size=ranks, num_nodes=emulate_nodes), lambda folder: words
+    words = script_words(script, args, ranks=ranks, nodes=nodes, netns=netns)
+    return JobShape(world_size=ranks, num_nodes=nodes, has_network=netns), lambda folder: words
 
 
 def _same_state(sound: Path, faulty: Path) -> bool | None:

@@ -24,6 +24,7 @@ from distrain.core.errors import ConfigError, raise_if
 from distrain.core.vocabulary import REPORT
 from distrain.faults.command import end_all, first_failure, run_command, script_words
 from distrain.faults.inject import FaultPlan, Injector, JobShape, Record, check, read_truth
+from distrain.faults.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Outcome:
 class LocalCluster:
     """Ranks on this machine, spread over emulated nodes; runs follow each other in one working folder."""
 
-    def __init__(self, folder: Path, *, ranks: int, nodes: int) -> None:
+    def __init__(self, folder: Path, *, ranks: int, nodes: int, netns: bool = False) -> None:
         if ranks < 1 or nodes < 1 or ranks % nodes:
             raise ConfigError(
                 "ranks cannot be spread over the nodes",
@@ -52,8 +53,13 @@ class LocalCluster:
             )
         self.folder = folder / "work"
         """working folder of the ranks"""
-        self._logs, self._ranks, self._nodes, self._num_runs = folder, ranks, nodes, 0
+        self._logs, self._ranks, self._nodes, self._netns = folder, ranks, nodes, netns
+        self._num_runs = 0
         self.folder.mkdir(parents=True)
+
+    @property
+    def _shape(self) -> JobShape:
+        return JobShape(world_size=self._ranks, num_nodes=self._nodes, has_network=self._netns)
 
     def run(
         self, script: str | Path, *args: str, plan: FaultPlan | None = None, timeout_s: float = 120.0
@@ -64,15 +70,16 @@ class LocalCluster:
             ConfigError: the plan cannot be carried out here; lists all problems.
         """
         plan = plan or FaultPlan()
-        raise_if(check(plan, JobShape(world_size=self._ranks, num_nodes=self._nodes)))
+        raise_if(check(plan, self._shape))
         self._num_runs += 1
         run = self._logs / f"run-{self._num_runs}"
         run.mkdir()
-        with Injector(plan, run / "truth") as injector:
+        with Watcher() as watcher, Injector(plan, run / "truth") as injector:
+            variables = {**injector.variables, **watcher.variables, REPORT: str(run / "report.json")}
             try:
                 code = run_command(
-                    script_words(Path(script), args, ranks=self._ranks, nodes=self._nodes),
-                    environ={**os.environ, **injector.variables, REPORT: str(run / "report.json")},
+                    script_words(Path(script), args, ranks=self._ranks, nodes=self._nodes, netns=self._netns),
+                    environ={**os.environ, **variables},
                     log=run / "log",
                     timeout_s=timeout_s,
                     cwd=self.folder,
@@ -86,11 +93,12 @@ class LocalCluster:
 
 @pytest.fixture
 def local_cluster(tmp_path: Path) -> Callable[..., LocalCluster]:
-    """Makes clusters: ``local_cluster(ranks=4, nodes=2)``."""
+    """Makes clusters: ``local_cluster(ranks=4, nodes=2)``, with ``netns=True`` nodes that have networks to break."""
     made: list[LocalCluster] = []
 
-    def make(*, ranks: int = 2, nodes: int = 1) -> LocalCluster:
-        made.append(LocalCluster(tmp_path / f"cluster-{len(made)}", ranks=ranks, nodes=nodes))
+    def make(*, ranks: int = 2, nodes: int = 1, netns: bool = False) -> LocalCluster:
+        folder = tmp_path / f"cluster-{len(made)}"
+        made.append(LocalCluster(folder, ranks=ranks, nodes=nodes, netns=netns))
         return made[-1]
 
     return make

@@ -118,7 +118,8 @@ def _is_mine(fault: Fault, here: Here) -> bool:
         return False
     if victim is Victim.RANK:
         return here.rank in target.ranks or target.node == here.node
-    return here.local_rank == 0 and here.node == (target.node or 0)
+    node = target.link[0] if target.link else target.node or 0
+    return here.local_rank == 0 and here.node == node
 
 
 def _refused(faults: Sequence[Live], here: Here) -> Iterator[Problem]:

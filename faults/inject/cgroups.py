@@ -2,12 +2,14 @@
 
 Version 1 has one hierarchy a controller, version 2 a single one in which a group hands controllers down and keeps
 processes at its leaves only. A ``Group`` hides which it is. It puts processes back where they came from; those of an
-owner that was killed are found by name, and taken away by the next ``find_controller``.
+owner that was killed are found by name, and taken away by the next ``find_controller``. A group may also stand for an
+emulated node (``launch``): its processes end with it.
 """
 
 import contextlib
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from types import TracebackType
 from typing import Self
 
 MOUNTS = Path("/sys/fs/cgroup")
-PREFIX = "distrain-fault"
+FAULT, NODE = "distrain-fault", "distrain-node"
+"""how names of groups begin: made for a fault, or to be an emulated node"""
 PERIOD_S = 0.05
 PATIENCE_S = 5.0
 _KNOBS = {  # a file that a group of the controller has, in version 1 and 2
@@ -79,21 +82,41 @@ def _home(pid: int, name: str, version: int, mount: Path) -> Path | None:
 
 
 def _sweep(controller: Controller) -> None:
-    for path in controller.root.glob(f"{PREFIX}-*"):
-        owner = path.name.removeprefix(f"{PREFIX}-").split("-")[0]
-        if not Path("/proc", owner).exists():
+    for path in (*controller.root.glob(f"{FAULT}-*"), *controller.root.glob(f"{NODE}-*")):
+        owner = path.name.split("-")[2]
+        if _is_gone(owner):
             with contextlib.suppress(OSError):
-                Group(controller, path=path).close()
+                group = Group(controller, path=path)
+                if path.name.startswith(NODE):
+                    group.kill()
+                group.close()
+
+
+def _is_gone(pid: str) -> bool:
+    """Whether a process is no more, or only waits to be collected."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def fellows(pid: int) -> list[int]:
+    """All processes of the emulated node that a process belongs to; none if its node has no group."""
+    controller = find_controller("freezer")
+    home = _home(pid, "freezer", controller.version, controller.mount) if controller else None
+    if home is None or not home.name.startswith(NODE):
+        return []
+    return [int(word) for word in (home / "cgroup.procs").read_text().split()]
 
 
 class Group:
     """A group of processes. All methods raise OSError."""
 
-    def __init__(self, controller: Controller, *, path: Path | None = None) -> None:
+    def __init__(self, controller: Controller, *, prefix: str = FAULT, path: Path | None = None) -> None:
         """Make a group, or take over the one at ``path``."""
         self._controller = controller
         self._homes: dict[int, Path] = {}
-        self.path = path or controller.root / f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = path or controller.root / f"{prefix}-{os.getpid()}-{secrets.token_hex(4)}"
         if path is None:
             self.path.mkdir()
 
@@ -138,6 +161,13 @@ class Group:
         else:
             self._write("cgroup.freeze", "0")
 
+    def kill(self) -> None:
+        """End all processes, those included that are born meanwhile."""
+        if self._controller.name == "freezer":
+            with contextlib.suppress(OSError):  # the kernel cannot: nothing was frozen then
+                self.thaw()
+        self._until(lambda: not self._killed())
+
     def close(self) -> None:
         """Let all processes go on where they came from, and delete the group."""
         if self._controller.name == "freezer":
@@ -156,6 +186,13 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _killed(self) -> list[int]:
+        pids = [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return pids
 
     def _write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text)

@@ -12,11 +12,12 @@ from itertools import combinations
 from distrain.core.errors import Problem, nearest
 from distrain.core.vocabulary import FaultKind
 
-from .capabilities import HINTS, Capabilities, probe
+from .capabilities import HINTS, NETWORK, Capabilities, probe
 from .kinds import KINDS, Engine, KindSpec, Lasting, Victim
 from .plan import BETWEEN, IN_COLLECTIVE, Fault, FaultPlan, Target
 
 ROLES = ("trainer", "keeper")
+KEEPERS = (FaultKind.SIDECAR_KILL, FaultKind.COORDINATOR_KILL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class JobShape:
     """of training, if known"""
     has_checkpoints: bool = True
     """whether there are keepers, and checkpoints on storage"""
+    has_network: bool = False
+    """whether each node has a network of its own, in which links can be broken"""
 
     def node_of(self, rank: int) -> int:
         """The node of a rank, where every node has as many."""
@@ -100,9 +103,23 @@ def victims(fault: Fault, job: JobShape) -> tuple[int, ...]:
     """Whom a fault hits: ranks, or nodes where no rank is hit."""
     victim, target = KINDS[fault.kind].victim, fault.target
     if victim is Victim.RANK:
-        on_node = (rank for rank in range(job.world_size) if job.node_of(rank) == target.node)
-        return tuple(sorted({*target.ranks, *on_node}))
+        return tuple(sorted({*target.ranks, *_ranks_on(job, target.node)}))
+    if victim is Victim.LINK:
+        return (target.link[0] if target.link else 0,)
     return (target.node or 0,)
+
+
+def ranks_hit(fault: Fault, job: JobShape) -> tuple[int, ...]:
+    """The ranks that a fault hits, or those of the nodes that it hits."""
+    victim, target = KINDS[fault.kind].victim, fault.target
+    if victim is Victim.RANK:
+        return victims(fault, job)
+    nodes = target.link or (target.node or 0,) if victim is Victim.LINK else (target.node or 0,)
+    return tuple(rank for node in sorted(nodes) for rank in _ranks_on(job, node))
+
+
+def _ranks_on(job: JobShape, node: int | None) -> tuple[int, ...]:
+    return tuple(rank for rank in range(job.world_size) if job.node_of(rank) == node)
 
 
 # -- one fault -----------------------------------------------------------------------------------------------
@@ -119,11 +136,20 @@ def _existence(name: str, target: Target, job: JobShape) -> Iterator[Problem]:
             f"0 to {job.num_nodes - 1}",
             "" if job.num_nodes > 1 else "--emulate-nodes N",
         )
+    if target.link is not None and not all(0 <= node < job.num_nodes for node in target.link):
+        yield Problem(
+            f"{name} hits a link that there is not",
+            f"link = {list(target.link)}",
+            f"nodes from 0 to {job.num_nodes - 1}",
+            "" if job.num_nodes > 1 else "--emulate-nodes N --netns",
+        )
 
 
 def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
     target = fault.target
-    if target.link is not None:
+    if spec.victim is Victim.LINK:
+        yield from _link(name, target)
+    elif target.link is not None:
         yield Problem(f"{name} hits no link", f"link = {list(target.link)}", "no link")
     if target.role and target.role not in ROLES:
         close = nearest(target.role, ROLES)
@@ -140,10 +166,22 @@ def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[
             f"ranks = {list(target.ranks)}",
             "a node, or role = trainer",
         )
+    if NETWORK in spec.needs and not job.has_network:
+        got = "the nodes share this machine's network"
+        yield Problem(f"{name} has nothing to hit", got, hint="--emulate-nodes 2 --netns")
     if fault.kind is FaultKind.NODE_LOSS and job.num_nodes == 1:
         yield Problem(f"{name} would leave nobody", "1 node", "2 nodes or more", "--emulate-nodes 2")
-    if (spec.victim is Victim.WRITER or fault.kind is FaultKind.SIDECAR_KILL) and not job.has_checkpoints:
+    if (spec.victim is Victim.WRITER or fault.kind in KEEPERS) and not job.has_checkpoints:
         yield Problem(f"{name} has nothing to hit", "the job saves no checkpoints", hint="checkpoint.every")
+
+
+def _link(name: str, target: Target) -> Iterator[Problem]:
+    if target.link is None:
+        yield Problem(f"{name} hits nobody", "no link", "two nodes", "target = { link = [0, 1] }")
+    elif target.link[0] == target.link[1]:
+        yield Problem(f"{name} hits no link", f"link = {list(target.link)}", "two nodes")
+    if target.node is not None or target.ranks:
+        yield Problem(f"{name} hits a link, no node or rank", "a node or ranks", "link = [0, 1] alone")
 
 
 def _place(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[Problem]:
@@ -232,11 +270,8 @@ def _overlaps(faults: Sequence[tuple[Entry, Fault]], job: JobShape) -> Iterator[
 
 
 def _hit(fault: Fault, job: JobShape) -> tuple[int, ...]:
-    """The ranks that feel it."""
-    if KINDS[fault.kind].victim is Victim.NODE:
-        node = fault.target.node or 0
-        return tuple(rank for rank in range(job.world_size) if job.node_of(rank) == node)
-    return victims(fault, job)
+    """The ranks that feel it; of a job's one coordinator and the like, whoever asks for them."""
+    return victims(fault, job) if KINDS[fault.kind].victim is Victim.JOB else ranks_hit(fault, job)
 
 
 def _meet(one: Fault, other: Fault) -> bool:

@@ -8,6 +8,8 @@ it there and waits until it has happened: it is killed, stopped or slowed down w
     inject fault 2              ──►    SIGSTOP, sees it stopped, answers, later SIGCONT
     reads the answer            ◄──
 
+Whoever carries the packets between emulated nodes is asked by the injector, in the same form, and answers.
+
 The kernel vouches for who is at the other end; strangers of another user are sent away.
 """
 
@@ -103,6 +105,18 @@ class Control:
                     return {}
                 if answers := self._lines.add(data):
                     return answers[0]
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._connection.fileno()
+
+    def receive(self) -> list[Mapping[str, Any]] | None:
+        """What the injector asks for by itself, once the descriptor is readable; None if it is gone."""
+        try:
+            data = self._connection.recv(LINE_BYTES)
+            return self._lines.add(data) if data else None
+        except (OSError, ValueError):
+            return None
 
     def close(self) -> None:
         """Leave."""

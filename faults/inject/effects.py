@@ -1,4 +1,4 @@
-"""What one process can do to others: kill them, stop them, slow them down, take their memory.
+"""What one process can do to others: kill them, stop them, slow them down, take their memory, cut them off.
 
 Each effect is a function of whom it hits and returns what undoes it. All of them raise OSError if the kernel refuses.
 """
@@ -15,8 +15,9 @@ from typing import Any
 
 from distrain.core.vocabulary import FaultKind
 
-from .cgroups import Controller, Group, find_controller
+from .cgroups import Controller, Group, fellows, find_controller
 from .kinds import KINDS
+from .links import cut, impairment
 from .plan import Fault
 from .timers import Timers
 
@@ -33,6 +34,11 @@ class Hit:
     fault: Fault
     pids: Sequence[int]
     timers: Timers
+    name: str = ""
+    """of the fault on this victim"""
+    seed: int = 0
+    order: Callable[..., None] | None = None
+    """asks whoever carries the nodes' packets, if somebody does, and waits until it is done; raises OSError"""
 
     def param(self, name: str) -> Any:
         """A parameter of the fault, or its default."""
@@ -48,6 +54,22 @@ def kill(hit: Hit) -> None:
     for pid in hit.pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def lose(hit: Hit) -> None:
+    """Take a node away: nothing that it still had to say arrives, and all that runs there ends."""
+    if hit.order:
+        hit.order(do="impair", name=hit.name, what=cut(hit.fault.target.node or 0).to_json())
+    kill(hit)
+
+
+def impair(hit: Hit) -> Undo:
+    """Do something to the packets between nodes."""
+    order = hit.order
+    if order is None:
+        raise ConnectionError("the nodes have no network of their own")
+    order(do="impair", name=hit.name, what=impairment(hit.fault, seed=hit.seed).to_json())
+    return lambda: order(do="lift", name=hit.name)
 
 
 def stop(hit: Hit) -> Undo:
@@ -123,7 +145,14 @@ EFFECTS: Mapping[FaultKind, Effect] = MappingProxyType(
         FaultKind.PROC_OOM: starve,
         FaultKind.SIDECAR_KILL: kill,
         FaultKind.STORE_KILL: kill,
-        FaultKind.NODE_LOSS: kill,
+        FaultKind.COORDINATOR_KILL: kill,
+        FaultKind.NODE_LOSS: lose,
+        FaultKind.NET_DROP: impair,
+        FaultKind.NET_LOSS: impair,
+        FaultKind.NET_RATE: impair,
+        FaultKind.NET_DELAY: impair,
+        FaultKind.NET_PARTITION: impair,
+        FaultKind.NET_FLAP: impair,
     }
 )
 
@@ -164,6 +193,11 @@ def agent_of(rank_pid: int) -> list[int]:
     words = _command(agent).split(b"\0")
     is_agent = any(os.path.basename(word) in (b"distrain", b"distrain.launch.emulate") for word in words)
     return [agent] if is_agent else []
+
+
+def node_of(rank_pid: int) -> list[int]:
+    """Everything that runs on the rank's emulated node, the agent first, as far as that can be told."""
+    return list(dict.fromkeys([*agent_of(rank_pid), *fellows(rank_pid)]))
 
 
 def _children(parent: int) -> Iterator[int]:

@@ -7,7 +7,7 @@
     records = read_truth(folder)
 
 Armed processes connect to it (``control``), so it knows who they are and when they die. When it ends, all that it
-did and that lasts is undone: stopped processes go on, control groups are gone.
+did and that lasts is undone: stopped processes go on, control groups are gone, links work.
 """
 
 import json
@@ -15,7 +15,7 @@ import os
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,12 +27,15 @@ from distrain.core.clock import Clock, MonotonicClock
 from distrain.core.vocabulary import FaultKind
 
 from .arming import PLAN, TRUTH
+from .capabilities import NETWORK
 from .control import LINE_BYTES, SOCKET, Lines, encode, peer_of, short_path
-from .effects import EFFECTS, Hit, Undo, agent_of, store_of
+from .effects import EFFECTS, Hit, Undo, node_of, store_of
 from .kinds import KINDS, Victim
-from .plan import FaultPlan
+from .plan import Fault, FaultPlan
 from .timers import Timers
 from .truth import FAILED, FIRED, LIFTED, TruthLog
+
+ORDER_S = 5.0
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class Injector:
         return {PLAN: str(self.folder / "plan.json"), TRUTH: str(self.folder)}
 
     def pids(self, role: str, *, node: int | None = None) -> list[int]:
-        """Armed processes of a role (trainer or keeper) that live now, on one node or all."""
+        """Armed processes of a role (trainer, keeper or network) that live now, on one node or all."""
         return [
             client.pid
             for client in list(self._clients.values())
@@ -166,13 +169,13 @@ class Injector:
         note = partial(
             self._truth.write, fault=number, kind=fault.kind, victim=victim, step=request.get("step")
         )
-        pids = self._pids(fault.kind, client) if client.connection in self._clients else []
+        pids = self._pids(fault, client) if client.connection in self._clients else []
         if not pids:
             note(FAILED, pid=0, detail={"reason": "no such process"})
             return {"failed": number}
         note(FIRED, pid=pids[0], detail={"pids": pids} if len(pids) > 1 else {})
         try:
-            undo = EFFECTS[fault.kind](Hit(fault, pids, self._timers))
+            undo = EFFECTS[fault.kind](self._hit(number, victim, pids))
         except OSError as error:
             note(FAILED, pid=pids[0], detail={"reason": str(error)})
             return {"failed": number}
@@ -183,6 +186,17 @@ class Injector:
                 self._timers.after(fault.duration_s, lift)
         return {"done": number, "allocate": fault.kind is FaultKind.PROC_OOM}
 
+    def _hit(self, number: int, victim: int, pids: Sequence[int]) -> Hit:
+        carriers = [each for each in self._clients.values() if each.hello.get("role") == "network"]
+        return Hit(
+            self.plan.faults[number],
+            pids,
+            self._timers,
+            name=f"{number}/{victim}",
+            seed=self.plan.chance(number, victim).getrandbits(32),
+            order=partial(_order, carriers[-1].connection) if carriers else None,
+        )
+
     def _lift(self, key: tuple[int, int], note: Callable[..., None]) -> None:
         try:
             self._undo.pop(key)()
@@ -190,18 +204,30 @@ class Injector:
         except OSError as error:
             note(LIFTED, detail={"reason": f"could not be lifted: {error}"})
 
-    def _pids(self, kind: FaultKind, client: _Client) -> list[int]:
+    def _pids(self, fault: Fault, client: _Client) -> list[int]:
         """Whom a fault hits that ``client`` asks for."""
-        node = client.hello.get("node")
+        kind, node = fault.kind, client.hello.get("node")
+        if NETWORK in KINDS[kind].needs:
+            return self.pids("network")
+        if kind is FaultKind.COORDINATOR_KILL:
+            return self.pids("keeper", node=0)
         if kind is FaultKind.STORE_KILL:
             return store_of(client.pid)
         if kind is FaultKind.SIDECAR_KILL:
             return self.pids("keeper", node=node)
         if kind is FaultKind.NODE_LOSS:
             # The agent goes first: seeing its ranks die it would tell the other nodes, which no lost node does.
-            return [
-                *agent_of(client.pid),
-                *self.pids("trainer", node=node),
-                *self.pids("keeper", node=node),
-            ]
+            known = [*self.pids("trainer", node=node), *self.pids("keeper", node=node)]
+            return list(dict.fromkeys([*node_of(client.pid), *known]))
         return [client.pid]
+
+
+def _order(carrier: socket.socket, **table: Any) -> None:
+    """Ask whoever carries the nodes' packets for something, and wait until it is done; raises OSError."""
+    carrier.settimeout(ORDER_S)
+    try:
+        carrier.sendall(encode(table))
+        if not carrier.recv(LINE_BYTES):
+            raise ConnectionError("whoever carried the packets of the nodes is gone")
+    finally:
+        carrier.settimeout(None)

@@ -179,7 +179,18 @@ def _refused(victim: Victim, reason: str) -> KindSpec:
     return KindSpec(engine=Engine.NONE, victim=victim, refused=reason)
 
 
-_NO_NETWORK = "emulated nodes have no network of their own yet"
+def _network(victim: Victim, **params: Param) -> KindSpec:
+    """A kind that hits packets between emulated nodes, at the first rank of the node that its target names first."""
+    ways = _params(one_way=Param(False, "true or false")) if victim is Victim.LINK else {}
+    return KindSpec(
+        engine=Engine.OUTSIDE,
+        victim=victim,
+        phases=("start",),
+        lasting=Lasting.MAY,
+        needs=("network",),
+        params=_params(**params, **ways),
+    )
+
 
 KINDS: Mapping[FaultKind, KindSpec] = MappingProxyType(
     {
@@ -230,16 +241,21 @@ KINDS: Mapping[FaultKind, KindSpec] = MappingProxyType(
         FaultKind.NODE_LOSS: KindSpec(
             engine=Engine.OUTSIDE, victim=Victim.NODE, phases=("start",), exclusive="life"
         ),
-        FaultKind.NET_DROP: _refused(Victim.LINK, _NO_NETWORK),
-        FaultKind.NET_LOSS: _refused(Victim.LINK, _NO_NETWORK),
-        FaultKind.NET_RATE: _refused(Victim.LINK, _NO_NETWORK),
-        FaultKind.NET_DELAY: _refused(Victim.LINK, _NO_NETWORK),
-        FaultKind.NET_PARTITION: _refused(Victim.NODE, _NO_NETWORK),
-        FaultKind.NET_FLAP: _refused(Victim.LINK, _NO_NETWORK),
-        FaultKind.COORDINATOR_KILL: _refused(
-            Victim.JOB, "no coordinator is elected yet: node 0's keeper is it, and sidecar.kill hits that"
+        FaultKind.COORDINATOR_KILL: KindSpec(engine=Engine.OUTSIDE, victim=Victim.JOB, phases=("start",)),
+        FaultKind.NET_DROP: _network(Victim.LINK),
+        FaultKind.NET_LOSS: _network(Victim.LINK, loss=_between(0.1, 0.0, 1.0)),
+        FaultKind.NET_RATE: _network(Victim.LINK, mbit_s=_between(100.0, 0.01, 1e6)),
+        FaultKind.NET_DELAY: _network(
+            Victim.LINK, delay_ms=_between(10.0, 0.0, 60e3), jitter_ms=_between(0.0, 0.0, 60e3)
         ),
-        FaultKind.CLOCK_SKEW: _refused(Victim.NODE, "nothing decides by the clocks of several nodes yet"),
+        FaultKind.NET_PARTITION: _network(Victim.NODE),
+        FaultKind.NET_FLAP: _network(
+            Victim.LINK, period_s=_between(2.0, 0.1, 3600.0), down=_between(0.5, 0.01, 0.99)
+        ),
+        FaultKind.CLOCK_SKEW: _refused(
+            Victim.NODE,
+            "the nodes of a drill share one machine's clock, which the kernel cannot shift for some",
+        ),
         FaultKind.GPU_XID: _refused(Victim.RANK, "nobody reads Xid messages yet"),
     }
 )

@@ -134,9 +134,13 @@ class FaultPlan:
         return replace(self, faults=(*self.faults, fault))
 
     def kill(self, *, ranks: Iterable[int] = (), node: int | None = None, role: str = "") -> "FaultPlan":
-        """Kill ranks, a whole node, or the keeper or store of a job."""
+        """Kill ranks, a whole node, or the keeper, coordinator or store of a job."""
         if role:
-            roles = {"keeper": FaultKind.SIDECAR_KILL, "store": FaultKind.STORE_KILL}
+            roles = {
+                "keeper": FaultKind.SIDECAR_KILL,
+                "coordinator": FaultKind.COORDINATOR_KILL,
+                "store": FaultKind.STORE_KILL,
+            }
             if role not in roles:
                 raise ConfigError("there is no such process", got=repr(role), allowed=", ".join(roles))
             return self.inject(roles[role], node=node)

@@ -130,12 +130,11 @@ def test_a_script_that_knows_of_nothing_is_killed_in_its_step_and_resumes(tmp_pa
 
 def test_words_that_would_do_nothing_are_refused_all_at_once(config: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "sound").mkdir(parents=True)
-    words = ["--ranks", "3", "--emulate-nodes", "2", "--", "0.1"]
+    words = ["--ranks", "3", "--emulate-nodes", "4", "--", "0.1"]
     code, _, errors = drill(tmp_path, FaultPlan().kill(ranks=[1]).at(step=5), str(config), *words)
     assert code == 3 and not (tmp_path / "out" / "truth").exists()
     for problem in (
         "--ranks is not",
-        "--emulate-nodes is not",
         "after -- is not",
         "spread over",
         "a drill in this",
@@ -182,7 +181,9 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def test_a_plan_that_cannot_be_is_refused_before_anything_starts(config: Path, tmp_path: Path) -> None:
-    plan = FaultPlan().kill(ranks=[7]).at(step=99).inject("net.loss", link=(0, 1))
+    plan = FaultPlan().kill(ranks=[7]).at(step=99).inject("gpu.xid_sim", ranks=[0])
+    plan = plan.inject("net.loss", link=(0, 1))
     code, _, errors = drill(tmp_path, plan, str(config))
     assert code == 3 and not (tmp_path / "out").exists()
     assert "ranks that there are not" in errors and "cannot be injected yet" in errors
+    assert "has nothing to hit" in errors and "--netns" in errors

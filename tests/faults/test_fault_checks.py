@@ -2,19 +2,22 @@
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distrain.core import netns
 from distrain.core.errors import ConfigError, raise_if
 from distrain.core.vocabulary import FaultKind
 from distrain.faults.inject import FaultPlan, JobShape, check
-from distrain.faults.inject.capabilities import Capabilities, probe
+from distrain.faults.inject.capabilities import HINTS, Capabilities, probe
 from distrain.faults.inject.engines import ENGINES, installer
 from distrain.faults.inject.kinds import KINDS
 
 JOB = JobShape(world_size=4, num_nodes=2, steps=10)
-ALL = Capabilities({"cpu": "here", "freezer": "here", "memory": "here"})
+ALL = Capabilities(dict.fromkeys(HINTS, "here"))
 
 
 def errors(plan: FaultPlan, job: JobShape = JOB, capabilities: Capabilities = ALL) -> list[str]:
@@ -26,12 +29,12 @@ def test_a_plan_of_every_kind_that_is_built_has_no_problem() -> None:
     for step, (kind, spec) in enumerate(KINDS.items(), start=1):
         if spec.refused:
             continue
-        ranks = [1] if spec.victim == "rank" else []
-        plan = plan.inject(kind, ranks=ranks, node=None if ranks else 1).at(step=min(step, 10), op=step)
+        targets: dict[str, dict[str, Any]] = {"rank": {"ranks": [1]}, "link": {"link": (1, 0)}}
+        plan = plan.inject(kind, **targets.get(spec.victim, {"node": 1})).at(step=min(step, 10), op=step)
         if spec.lasting != "not":
             plan = plan.lasting(1.0)
-    assert len(plan.faults) == sum(not spec.refused for spec in KINDS.values()) >= 24
-    assert errors(plan) == []
+    assert len(plan.faults) == sum(not spec.refused for spec in KINDS.values()) >= 32
+    assert errors(plan, replace(JOB, has_network=True)) == []
 
 
 def test_every_kind_stands_in_the_table_with_an_engine_or_a_reason() -> None:
@@ -68,7 +71,7 @@ def test_all_problems_come_at_once() -> None:
         "faults[1], proc.sigstop, hits a node that there is not",
         "faults[2], proc.exit, has no parameter cod",
         "faults[3], proc.exit, cannot have this code",
-        "faults[4], net.drop, cannot be injected yet",
+        "faults[4], net.drop, has nothing to hit",
         "faults[5], proc.gil_hog, needs a duration",
         "faults[6], data.stall, does not happen in this phase",
         "faults[7], numeric.nan, does not happen there",
@@ -104,10 +107,24 @@ def test_targets_that_do_not_fit_a_kind_are_refused() -> None:
     assert errors(FaultPlan().kill(node=0), JobShape(world_size=4)) == [
         "faults[0], node.loss, would leave nobody"
     ]
+    apart = replace(JOB, has_network=True)
+    assert errors(FaultPlan().inject("net.rate", node=1), apart) == [
+        "faults[0], net.rate, hits nobody",
+        "faults[0], net.rate, hits a link, no node or rank",
+    ]
+    assert errors(FaultPlan().inject("net.loss", link=(1, 1)), apart) == ["faults[0], net.loss, hits no link"]
+    assert errors(FaultPlan().inject("net.loss", link=(0, 2)), apart) == [
+        "faults[0], net.loss, hits a link that there is not"
+    ]
+    assert errors(FaultPlan().inject("net.partition", node=1, link=(0, 1)), apart) == [
+        "faults[0], net.partition, hits no link"
+    ]
     unsaved = JobShape(world_size=4, has_checkpoints=False)
-    assert errors(FaultPlan().kill(role="keeper").inject("ckpt.torn"), unsaved) == [
+    plan = FaultPlan().kill(role="keeper").inject("ckpt.torn").kill(role="coordinator")
+    assert errors(plan, unsaved) == [
         "faults[0], sidecar.kill, has nothing to hit",
         "faults[1], ckpt.torn, has nothing to hit",
+        "faults[2], coordinator.kill, has nothing to hit",
     ]
 
 
@@ -167,12 +184,20 @@ def test_a_missing_privilege_is_named_with_the_way_to_get_it() -> None:
         "faults[0], cgroup.freeze, needs what this machine does not allow",
         "faults[1], proc.oom, needs what this machine does not allow",
     ]
+    (problem,) = check(
+        FaultPlan().inject("net.drop", link=(0, 1)),
+        replace(JOB, has_network=True),
+        capabilities=Capabilities(),
+    )
+    assert problem.error == "faults[0], net.drop, needs what this machine does not allow"
+    assert "user namespaces" in problem.hint and "/dev/net/tun" in problem.hint
     assert "freezer" in problems[0].got and "root" in problems[0].hint and "proc.sigstop" in problems[0].hint
 
 
 def test_the_probe_says_how_and_leaves_nothing() -> None:
     found = probe().found
-    assert all(how.startswith("cgroup v") for how in found.values())
+    assert all(how.startswith("cgroup v") for name, how in found.items() if name != "network")
+    assert ("network" in found) == (netns.missing() == "")
     assert not any(probe().lacks(name) for name in found)
 
 

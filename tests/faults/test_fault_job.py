@@ -157,6 +157,43 @@ def test_a_keeper_is_killed_when_a_rank_of_its_node_gets_to_a_step(keepers: Keep
     assert (record.kind, record.victim, record.pid, record.step) == ("sidecar.kill", 0, pid, 5)
 
 
+def test_the_coordinator_is_killed_and_another_one_commits_what_comes(keepers: Keepers, scene: Scene) -> None:
+    """Two nodes: the other one's keeper lives on, and finds the keeper that takes the first one's place."""
+    tier = local(scene.folder)
+    plan = FaultPlan().kill(role="coordinator").at(step=5)
+    with scene.injector(plan) as injector:
+        keepers.environ = {**keepers.environ, **injector.variables}
+        ranks = [
+            keepers.rank(config_of(tier), rank=node, world_size=2, node_rank=node, num_nodes=2)
+            for node in (0, 1)
+        ]
+        save_all(ranks, 1)
+        coordinator, other = (int(rank.client.status()["pid"]) for rank in ranks)
+        scene.victim(injector)
+        until(lambda: not alive(coordinator), "end of the coordinator")
+        save_all(ranks, 2)
+        assert int(ranks[1].client.status()["pid"]) == other
+        keepers.pids.add(int(ranks[0].client.status()["pid"]))
+        keepers.close()
+        (record,) = scene.records()
+    assert (record.kind, record.pid, record.step) == ("coordinator.kill", coordinator, 5)
+    assert is_saved(tier.url, 2, world_size=2)
+
+
+def save_all(ranks: list[Rank], step: int) -> None:
+    """Save a step on all ranks, and wait for its commit, however often a keeper has to be found."""
+    for rank in ranks:
+        until(lambda rank=rank: saves(rank, step), "a snapshot")  # type: ignore[misc]
+    until(lambda: is_committed(ranks[0], step), "a commit")
+
+
+def is_committed(rank: Rank, step: int) -> bool:
+    try:
+        return rank.client.wait(step, level="committed", timeout_s=30).reached
+    except KeeperLost:
+        return False
+
+
 def saves(rank: Rank, step: int) -> bool:
     """Whether there is a keeper to save a step."""
     try:

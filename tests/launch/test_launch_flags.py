@@ -70,7 +70,7 @@ def test_help_shows_groups_and_its_examples_can_be_parsed(capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert all(f"\n{title}:" in shown for title in flags.GROUPS)
     examples = [line.strip() for line in shown.splitlines() if line.startswith("  distrain launch")]
-    assert len(examples) == 5
+    assert len(examples) == 6
     for line in examples:
         values, script = flags.parse(shlex.split(line)[2:], environ={})
         assert script
