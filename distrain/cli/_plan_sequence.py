@@ -14,6 +14,7 @@ from distrain.core.errors import ConfigError, Problem, raise_if
 if TYPE_CHECKING:
     from distrain.planners.sequence import StepPlan
 
+CERTIFY_S = 30.0
 _SHOWN = 5
 
 
@@ -27,8 +28,15 @@ def sequence(
         float | None,
         typer.Option(min=0.0, help="Seconds to search.", metavar="S", show_default="0.02 to 2, by devices"),
     ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help=f"Prove a stronger bound: at most {CERTIFY_S:.0f} s more.")
+    ] = False,
+    schedule: Annotated[
+        Literal["lock-step", "asynchronous", "auto"],
+        typer.Option(help="asynchronous: micro-batches end without a barrier, where sharding allows."),
+    ] = "lock-step",
     solver: Annotated[
-        Literal["native", "python"], typer.Option(help="python: slower, and where nothing can be compiled.")
+        Literal["native", "python", "milp"], typer.Option(help="milp: FlexSP's program, for comparison.")
     ] = "native",
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
     output: Annotated[
@@ -42,7 +50,7 @@ def sequence(
     \b
     Examples:
       distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b
-      distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b -o plan.json
+      distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b --certify -o plan.json
       distrain plan sequence --lengths lengths.txt --gpus 24 --cost cost.toml --time-limit 1 --plot plan.svg
       distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b --json | jq .gap
     """
@@ -55,13 +63,15 @@ def sequence(
 
         require()
     console = Console(stderr=True)
-    with console.status("planning ..."):
+    with console.status("searching for a better bound ..." if certify else "planning ..."):
         found = plan_step(
             numbers,
             num_slots=gpus,
             cost=model,
             time_limit_s=time_limit,
+            certify_s=CERTIFY_S if certify else 0.0,
             seed=seed,
+            schedule=schedule,
             solver=solver,
         )
     written = []

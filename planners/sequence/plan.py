@@ -2,14 +2,14 @@
 
 ::
 
-    lengths -> problem -> waves (native, or Python) -> groups on slots -> plan with its bound
+    lengths -> problem -> waves: native, in Python, or by FlexSP's programs
+            -> groups on slots -> perhaps a timeline without barriers -> plan with its bound
 
 Every plan is at most as long as the best plan of one degree a micro-batch, which is among the candidates.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,10 +20,10 @@ from . import native, waves
 from .cost import SequenceCost
 from .native import Waves
 from .problem import StepProblem
-from .step_plan import MicroBatch, SequenceGroup, StepPlan, step_ms
+from .step_plan import MicroBatch, Schedule, SequenceGroup, StepPlan, step_ms
 
-Solver = Literal["native", "python"]
-Wanted = Literal["lock-step"]
+Solver = Literal["native", "python", "milp"]
+Wanted = Literal["auto", "lock-step", "asynchronous"]
 
 _CLOSED = 1e-6
 _ASSEMBLY_S_PER_SEQUENCE = 5e-6  # to make a plan of what the search found
@@ -35,6 +35,7 @@ def plan_step(
     num_slots: int,
     cost: SequenceCost,
     time_limit_s: float | None = None,
+    certify_s: float = 0.0,
     seed: int = 0,
     schedule: Wanted = "lock-step",
     solver: Solver = "native",
@@ -43,9 +44,11 @@ def plan_step(
     """Micro-batches of groups for one step over ``lengths`` (tokens), on ``num_slots`` devices.
 
     The same arguments give the same plan, on every machine that is fast enough for ``time_limit_s`` (where the clock
-    cut the search short, the plan's reasons say so); the default limit grows with the devices. ``build=False`` never
-    compiles: in a job, which has what was built before it. Without the native library the plan is made in Python,
-    and is longer.
+    cut the search short, the plan's reasons say so); the default limit grows with the devices. With ``certify_s`` that
+    many seconds more go into a stronger bound. ``build=False`` never compiles: in a job, which has what was built
+    before it. Without the native library the plan is made in Python, and is longer.
+
+    ``schedule="auto"`` takes the shorter of both schedules, for jobs that can run without barriers.
 
     Raises:
         ConfigError: nothing to plan, lengths that are no token counts.
@@ -53,30 +56,81 @@ def plan_step(
     """
     start = time.perf_counter()
     problem = StepProblem.of(lengths, num_slots=num_slots, cost=cost)
-    limit_s = default_time_limit_s(num_slots) if time_limit_s is None else time_limit_s
-    found, reasons = _search(problem, start, limit_s, seed=seed, solver=solver, build=build)
+    if time_limit_s is None:
+        time_limit_s = default_time_limit_s(num_slots, solver)
+    found, reasons = _search(problem, start, time_limit_s, seed=seed, solver=solver, build=build)
     batches = assemble(problem, found)
-    estimated_ms = step_ms(batches, num_slots=num_slots, schedule=schedule)
-    baselines = {"static": found.static_ms, "batch_adaptive": found.adaptive_ms}
-    bound_ms = min(problem.area_bound_ms, estimated_ms)
-    plan = StepPlan(
+    chosen: Schedule = "lock-step"
+    if schedule != "lock-step":
+        batches, chosen = _without_barriers(problem, batches, wanted=schedule)
+    estimated_ms = step_ms(batches, num_slots=num_slots, schedule=chosen)
+    bound_ms, proof = _bound(problem, batches, chosen, estimated_ms, certify_s)
+    return StepPlan(
         microbatches=batches,
         num_slots=num_slots,
-        schedule=schedule,
+        schedule=chosen,
         estimated_ms=estimated_ms,
         lower_bound_ms=bound_ms,
         gap=1 - bound_ms / estimated_ms if estimated_ms > 0 else 0.0,
         status="optimal" if estimated_ms <= bound_ms * (1 + _CLOSED) else "feasible",
-        seconds=0.0,
-        baselines=baselines,
-        reasons=tuple(reasons),
+        seconds=time.perf_counter() - start,
+        baselines={"static": found.static_ms, "batch_adaptive": found.adaptive_ms},
+        reasons=(*reasons, proof),
     )
-    return replace(plan, seconds=time.perf_counter() - start)
 
 
-def default_time_limit_s(num_slots: int) -> float:
-    """20 ms for a few nodes, 2 s for a thousand of them."""
-    return min(max(0.02, 0.0002 * num_slots), 2.0)
+def default_time_limit_s(num_slots: int, solver: Solver = "native") -> float:
+    """20 ms for a few nodes, 2 s for a thousand of them; a minute for the programs of FlexSP."""
+    return 60.0 if solver == "milp" else min(max(0.02, 0.0002 * num_slots), 2.0)
+
+
+def _without_barriers(
+    problem: StepProblem, batches: Sequence[MicroBatch], *, wanted: Wanted
+) -> tuple[tuple[MicroBatch, ...], Schedule]:
+    from .timeline import asynchronous
+
+    free = asynchronous(problem, batches, seconds=default_time_limit_s(problem.num_slots))
+    free_ms = step_ms(free, num_slots=problem.num_slots, schedule="asynchronous")
+    shorter = free_ms < step_ms(batches, num_slots=problem.num_slots, schedule="lock-step")
+    if wanted == "auto" and not shorter:
+        return tuple(batches), "lock-step"
+    return free, "asynchronous"
+
+
+def _bound(
+    problem: StepProblem,
+    batches: Sequence[MicroBatch],
+    schedule: Schedule,
+    estimated_ms: float,
+    seconds: float,
+) -> tuple[float, str]:
+    """A bound for the schedule, and a sentence on where it comes from."""
+    if schedule == "asynchronous":
+        from .timeline import asynchronous_bound_ms
+
+        return min(asynchronous_bound_ms(problem), estimated_ms), "bound: work spread evenly over the slots"
+    if seconds <= 0:
+        return min(problem.area_bound_ms, estimated_ms), "bound: work spread evenly over the slots"
+    from .bound import certify
+
+    certificate = certify(
+        problem,
+        estimated_ms=estimated_ms,
+        num_waves=len(batches),
+        waves=_waves(problem, batches),
+        seconds=seconds,
+    )
+    how = "to its end" if certificate.closed else "stopped by its time limit"
+    return certificate.bound_ms, f"bound: column generation, {certificate.seconds:.1f} s, {how}"
+
+
+def _waves(problem: StepProblem, batches: Iterable[MicroBatch]) -> Iterable[tuple[float, list[float]]]:
+    """Duration without beta1, and lengths, of each micro-batch."""
+    lengths = np.empty_like(problem.lengths)
+    lengths[problem.order] = problem.lengths
+    for groups in batches:
+        longest_ms = max(group.estimated_ms for group in groups) - problem.cost.beta1
+        yield longest_ms, [float(lengths[member]) for group in groups for member in group.sequences]
 
 
 def _search(
@@ -94,6 +148,10 @@ def _search(
         if found is None:
             raise AssertionError("a sequence that fits the widest group has a plan")
         return found, ["the clock ended the search: another machine may find another plan"] * found.by_clock
+    if solver == "milp":
+        from . import milp
+
+        return milp.search(problem, seconds=max(left_s, 0.0))
     return waves.search(problem, milliseconds=milliseconds), ["planned in Python, as asked"]
 
 

@@ -23,7 +23,7 @@ _TRIES = 24  # groups looked at for one sequence
 
 
 @dataclass(slots=True)
-class _Wave:
+class Wave:
     """Groups while they are filled; members and their groups, in step."""
 
     members: list[int] = field(default_factory=list)
@@ -36,7 +36,7 @@ class _Wave:
 def search(problem: StepProblem, *, milliseconds: float) -> Waves:
     """The best of a few plans; at least two are made, however long that takes."""
     deadline = time.monotonic() + milliseconds / 1e3
-    packer = _Packer(problem)
+    packer = Packer(problem)
     static_ms, adaptive = packer.homogeneous()
     plans = [adaptive]
     for target in _TARGETS:
@@ -44,15 +44,12 @@ def search(problem: StepProblem, *, milliseconds: float) -> Waves:
         if time.monotonic() >= deadline:
             break
     best = min(plans, key=packer.total)
-    wave, group, degree = (np.empty(len(problem.lengths), np.int32) for _ in range(3))
-    for index, one in enumerate(best):
-        wave[one.members] = index
-        group[one.members] = one.groups
-        degree[one.members] = [one.degrees[of] for of in one.groups]
-    return Waves(wave, group, degree, static_ms, packer.total(adaptive))
+    return packer.placed(best, static_ms=static_ms, adaptive=adaptive)
 
 
-class _Packer:
+class Packer:
+    """Packs the sequences of one problem into waves."""
+
     def __init__(self, problem: StepProblem) -> None:
         self.num_slots, self.degrees = problem.num_slots, problem.degrees
         self.beta1 = problem.cost.beta1
@@ -64,15 +61,24 @@ class _Packer:
         self.num_waves = problem.least_waves
         self.mean_ms = sum(self.areas) / self.num_slots / self.num_waves
 
-    def total(self, waves: list[_Wave]) -> float:
+    def total(self, waves: list[Wave]) -> float:
         """Of the step."""
         return sum(wave.ms + self.beta1 for wave in waves)
 
+    def placed(self, waves: list[Wave], *, static_ms: float, adaptive: list[Wave]) -> Waves:
+        """``waves`` as the arrays that other planners return."""
+        wave, group, degree = (np.empty(len(self.lengths), np.int32) for _ in range(3))
+        for index, one in enumerate(waves):
+            wave[one.members] = index
+            group[one.members] = one.groups
+            degree[one.members] = [one.degrees[of] for of in one.groups]
+        return Waves(wave, group, degree, static_ms, self.total(adaptive))
+
     def pack(
         self, members: list[int], cap_ms: float, *, only: int | None = None, rest: list[int] | None = None
-    ) -> _Wave | None:
+    ) -> Wave | None:
         """A wave of ``members`` under ``cap_ms``; what does not fit goes to ``rest``, or there is no wave."""
-        wave, used, slots = _Wave(), [], 0
+        wave, used, slots = Wave(), [], 0
         opened: list[list[tuple[float, int]]] = [[] for _ in self.degrees]  # (ms left, group), ascending
         left: list[float] = []  # tokens of each group
         for member in members:
@@ -108,7 +114,7 @@ class _Packer:
         times = self.times[member]
         return [i for i in allowed if i >= self.least[member] and times[i] <= cap_ms * (1 + 1e-12)]
 
-    def shortest(self, members: list[int], *, only: int | None = None) -> _Wave | None:
+    def shortest(self, members: list[int], *, only: int | None = None) -> Wave | None:
         """The shortest wave of all ``members`` that bisection finds."""
         times = [self.times[member] for member in members]
         if only is None:
@@ -131,7 +137,7 @@ class _Packer:
                 best = wave
         return best
 
-    def build(self, target_ms: float) -> list[_Wave]:
+    def build(self, target_ms: float) -> list[Wave]:
         """Waves of about ``target_ms``, the longest sequences first."""
         pool, waves = list(range(len(self.lengths))), []
         while pool:
@@ -146,14 +152,14 @@ class _Packer:
             pool = rest
         return waves
 
-    def homogeneous(self) -> tuple[float, list[_Wave]]:
+    def homogeneous(self) -> tuple[float, list[Wave]]:
         """Best ms with one degree for all waves, and the waves of the best plan with one degree a wave."""
         static_ms = math.inf
-        best: list[_Wave] = []
+        best: list[Wave] = []
         tried = 0
         for chunks in self._chunkings():
             sums = [0.0] * len(self.degrees)
-            waves: list[_Wave] = []
+            waves: list[Wave] = []
             for members in chunks:
                 found = [self.shortest(members, only=only) for only in range(len(self.degrees))]
                 sums = [
