@@ -110,7 +110,7 @@ def _wait(
                 running.remove(fd)
             elif fd == switch:
                 print("[launch] the network of the emulated nodes is gone", file=sys.stderr, flush=True)
-                signums.append(signal.SIGTERM)
+                signums.append(signal.SIGKILL)  # no agent would hear of the others' end
             else:
                 continue
             poll.unregister(fd)

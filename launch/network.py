@@ -16,6 +16,7 @@ from typing import Self
 
 from distrain.core import netns
 from distrain.core.errors import ConfigError, LaunchError
+from distrain.faults.inject.cgroups import find_controller
 
 PORT = 29500
 """where nodes meet if nothing else is said: in a namespace of its own nobody else can have taken it"""
@@ -57,7 +58,8 @@ class Network:
         self._socket.close()
         assert self.switch.stdin
         self.switch.stdin.close()
-        self.switch.wait()
+        if self.switch.wait():
+            find_controller("freezer")  # takes away the groups of those who cannot
 
     def __enter__(self) -> Self:
         return self

@@ -61,6 +61,11 @@ class LaunchOptions:
     shutdown_timeout_s: float | None = None
     """seconds between the first signal and SIGKILL; None: the default of the case"""
 
+    @property
+    def keeps_logs(self) -> bool:
+        """Whether the ranks' files are to be there afterwards."""
+        return bool(self.log_dir or any(self.redirects) or any(self.tee))
+
     def to_json(self) -> str:
         """This record as one line of JSON."""
         return json.dumps(asdict(self))

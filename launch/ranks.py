@@ -38,8 +38,9 @@ class _Started:
 class Ranks:
     """All ranks that ``start`` has started on this node; ``out`` and ``err`` show what they write.
 
-    ``folder`` gets a subfolder for each local rank, with its error file and its logs; ``environ`` says whether the
-    user wants colours.
+    ``folder`` gets a subfolder for each local rank, with its error file and its logs; the folder that it is in is
+    removed if the agent cannot do so itself, unless logs were asked for. ``environ`` says whether the user wants
+    colours.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Ranks:
         self._environ = environ
         self._started: list[_Started] = []
         self._stopped_at = math.inf
-        self._reaper = Reaper()
+        self._reaper = Reaper(seat, folder=None if options.keeps_logs else folder.parent)
 
     def start(self, spec: WorkerSpec) -> None:
         """Start one rank. Raises LaunchError."""

@@ -172,7 +172,6 @@ def _serving(listener: socket) -> Iterator[subprocess.Popen[bytes]]:
 @contextmanager
 def _folder(options: LaunchOptions) -> Iterator[Path]:
     """Where the ranks' error files and logs go; removed at the end unless logs were asked for."""
-    kept = bool(options.log_dir or any(options.redirects) or any(options.tee))
     prefix = options.run_id.replace(os.sep, "_") + "_"
     try:
         if options.log_dir:
@@ -180,10 +179,10 @@ def _folder(options: LaunchOptions) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=options.log_dir or None))
     except OSError as error:
         raise ConfigError("--log-dir cannot be used", got=f"{options.log_dir}: {error.strerror}") from None
-    if kept:
+    if options.keeps_logs:
         say(f"logs: {folder}")
     try:
         yield folder / "attempt_0"
     finally:
-        if not kept:
+        if not options.keeps_logs:
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ to the other; on the way ``Links`` of ``faults.inject`` loses it or has it wait,
     injector ──── impair, lift ──────┘
 
 The process also owns the nodes' control groups, and outlives its parent by moments: when its standard input ends,
-however the launcher ended, it kills what is left in the groups and takes them away.
+however the launcher ended, whatever runs in the groups has some time left to end by itself; then they are taken away.
 """
 
 import heapq
@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -37,15 +37,26 @@ BATCH = 64
 """packets of one node before the next has its turn"""
 MAX_WAITING = 128
 """packets for a node that has not come yet"""
+GRACE_S, LOOK_S = 10.0, 0.05
+"""what processes of the nodes have left after the launcher's end, and between two looks whether there are any"""
 PRIORITY = -10
 """a network does not wait for its nodes' processors"""
 
 
 class Switch:
-    """All connections between nodes; ``run`` until the lifeline ends."""
+    """All connections between nodes; ``run`` until the lifeline has ended and no node ``is_alive``."""
 
-    def __init__(self, joining: socket.socket, *, lifeline: int, control: Control | None) -> None:
+    def __init__(
+        self,
+        joining: socket.socket,
+        *,
+        lifeline: int,
+        control: Control | None,
+        is_alive: Callable[[], bool],
+    ) -> None:
         self._joining, self._lifeline, self._control = joining, lifeline, control
+        self._is_alive = is_alive
+        self._gives_up_s: float | None = None
         self._links = Links()
         self._nodes: dict[int, int] = {}
         """by device"""
@@ -61,11 +72,12 @@ class Switch:
 
     def run(self) -> None:
         """Carry packets."""
-        while True:
+        while not self._is_over():
             for fd, _ in self._poll.poll(self._patience_s()):
                 if fd == self._lifeline:
-                    return
-                if fd == self._joining.fileno():
+                    self._poll.unregister(fd)
+                    self._gives_up_s = time.monotonic() + GRACE_S
+                elif fd == self._joining.fileno():
                     self._join()
                 elif self._control and fd == self._control.fileno():
                     self._obey(self._control)
@@ -73,8 +85,17 @@ class Switch:
                     self._forward(fd)
             self._deliver()
 
+    def _is_over(self) -> bool:
+        if self._gives_up_s is None:
+            return False
+        return not self._is_alive() or time.monotonic() > self._gives_up_s
+
     def _patience_s(self) -> float | None:
-        return max(0.0, (self._late[0][0] - time.monotonic_ns()) / 1e9) if self._late else None
+        idle_s = None if self._gives_up_s is None else LOOK_S
+        if not self._late:
+            return idle_s
+        late_s = max(0.0, (self._late[0][0] - time.monotonic_ns()) / 1e9)
+        return late_s if idle_s is None else min(late_s, idle_s)
 
     def _join(self) -> None:
         """A node's agent hands over its device."""
@@ -171,7 +192,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         control = Control.connect(Path(folder), hello=hello) if folder else None
         print(json.dumps([str(group.path) for group in groups]), flush=True)
-        Switch(socket.socket(fileno=fd), lifeline=sys.stdin.fileno(), control=control).run()
+        Switch(
+            socket.socket(fileno=fd),
+            lifeline=sys.stdin.fileno(),
+            control=control,
+            is_alive=lambda: any(group.pids() for group in groups),
+        ).run()
     finally:
         for group in groups:
             with suppress(OSError):  # the next run sweeps

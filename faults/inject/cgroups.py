@@ -173,7 +173,7 @@ class Group:
         if self._controller.name == "freezer":
             with contextlib.suppress(OSError):  # the kernel cannot: nothing was frozen then
                 self.thaw()
-        for pid in map(int, (self.path / "cgroup.procs").read_text().split()):
+        for pid in self.pids():
             with contextlib.suppress(OSError):  # it has just ended
                 home = self._homes.get(pid, self._controller.root)
                 (home / "cgroup.procs").write_text(str(pid))
@@ -187,8 +187,12 @@ class Group:
     ) -> None:
         self.close()
 
+    def pids(self) -> list[int]:
+        """The processes in the group."""
+        return [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
+
     def _killed(self) -> list[int]:
-        pids = [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
+        pids = self.pids()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

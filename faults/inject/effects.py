@@ -196,8 +196,12 @@ def agent_of(rank_pid: int) -> list[int]:
 
 
 def node_of(rank_pid: int) -> list[int]:
-    """Everything that runs on the rank's emulated node, the agent first, as far as that can be told."""
-    return list(dict.fromkeys([*agent_of(rank_pid), *fellows(rank_pid)]))
+    """Everything that runs on the rank's emulated node, the agent first, as far as that can be told.
+
+    But for whoever cleans up after the agent: the machine on which the node is emulated lives on.
+    """
+    others = [pid for pid in fellows(rank_pid) if b"distrain.launch.reaper" not in _command(pid)]
+    return list(dict.fromkeys([*agent_of(rank_pid), *others]))
 
 
 def _children(parent: int) -> Iterator[int]:

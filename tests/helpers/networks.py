@@ -1,6 +1,7 @@
 """What emulated nodes feel of their network: ranks that send each other numbered packets and keep book."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def need_networks() -> None:
         pytest.skip(missing)
 
 
-def left_of_networks() -> Iterator[Path]:
-    """Control groups of emulated nodes."""
-    return (path for path in CGROUPS.glob("**/distrain-node-*") if path.is_dir())
+def groups_of(pids: Iterable[int]) -> list[str]:
+    """Names of the control groups of the emulated nodes in which processes are."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    return sorted({line.rpartition("/")[2] for line in lines if "distrain-node" in line})
+
+
+def are_left(groups: Iterable[str]) -> bool:
+    """Whether any of these groups is still there."""
+    return any(path.is_dir() for name in groups for path in CGROUPS.glob(f"**/{name}"))
+
+
+def child_of(parent: int, word: bytes) -> int:
+    """The child with this word in its command line."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ppid = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if ppid == parent and word in (path / "cmdline").read_bytes():
+                return int(path.name)
+    raise LookupError(f"process {parent} has no child {word!r}")
