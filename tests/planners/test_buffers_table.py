@@ -64,7 +64,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         ("", "is empty"),
         ("\n\n", "is empty"),
         ("id,lower,upper\na,0,1\n", "lacks the column size"),
-        ("id,lower,upper,size,offest\n", "did you mean offset?"),
+        ("id,lower,upper,size,offzet\n", "did you mean offset?"),
         ("id,id,lower,upper,size\n", "the column id more than once"),
         ('id,lower,upper,size\n"a,0,1,2\n', "is no CSV"),
         (f"id,lower,upper,size\na,0,1,{2**62}\n", "sum to more than can be counted"),
