@@ -13,7 +13,7 @@ import pytest
 
 from distrain.faults.inject import FaultPlan, Injector, Record, read_truth
 from helpers.keepers import alive
-from helpers.networks import PINGER, Books, Packet, need_networks
+from helpers.networks import PINGER, SIZE, Books, Packet, need_networks
 from helpers.victims import ROOT, wait_until
 
 pytestmark = pytest.mark.processes
@@ -26,23 +26,23 @@ PLAN = (
     .inject("net.loss", link=(0, 1), loss=0.4)
     .at(step=50)
     .lasting(0.8)
-    .inject("net.delay", link=(0, 1), delay_ms=60, jitter_ms=20)
+    .inject("net.delay", link=(0, 1), delay_ms=150, jitter_ms=20)
     .at(step=110)
     .lasting(0.5)
-    .inject("net.rate", link=(0, 1), mbit_s=0.2, one_way=True)
+    .inject("net.rate", link=(0, 1), mbit_s=0.1, one_way=True)
     .at(step=150)
     .lasting(0.8)
-    .inject("net.flap", link=(1, 0), period_s=0.2)
+    .inject("net.flap", link=(1, 0), period_s=0.3)
     .at(step=230)
-    .lasting(0.8)
+    .lasting(1.2)
     .inject("net.partition", node=1)
-    .at(step=290)
+    .at(step=310)
     .lasting(0.4)
     .inject("net.drop", link=(0, 1))
-    .at(step=330)
+    .at(step=345)
     .lasting(0.3)
 )
-STEPS = 370
+STEPS = 375
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Flight:
     def after(self, fault: int, way: tuple[int, int]) -> list[Packet]:
         """What was sent one way as soon as it was over."""
         lifted = next(r for r in self.truth if r.fault == fault and r.event == "lifted")
-        return self.books.packets(*way, since_ns=lifted.mono_ns, until_ns=lifted.mono_ns + 150_000_000)
+        return self.books.packets(*way, since_ns=lifted.mono_ns, until_ns=lifted.mono_ns + 250_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +122,17 @@ def test_a_delay_is_at_least_what_the_plan_says_and_nobody_overtakes(flight: Fli
     for way in ((0, 1), (1, 0)):
         packets = flight.during(2, way)
         assert arrived(packets) == 1.0
-        assert all(each.received_ns and each.received_ns - each.sent_ns >= 60e6 for each in packets)
+        assert all(each.received_ns and each.received_ns - each.sent_ns >= 150e6 for each in packets)
         assert packets == sorted(packets, key=lambda each: each.received_ns or 0)
     before = flight.after(1, (0, 1))
-    assert min((each.received_ns or 0) - each.sent_ns for each in before) < 60e6
+    assert min((each.received_ns or 0) - each.sent_ns for each in before) < 150e6
 
 
 def test_a_slow_link_passes_its_rate_and_no_more(flight: Flight) -> None:
     packets = flight.during(3, (0, 1))
     times = [each.received_ns for each in packets if each.received_ns is not None]
-    nbytes = 1028 * (len(times) - 1)  # with the headers of IP and UDP
-    assert 0 < nbytes / ((max(times) - min(times)) / 1e9) <= 0.2e6 / 8 * 1.01
+    nbytes = (SIZE + 28) * (len(times) - 1)  # with the headers of IP and UDP
+    assert 0 < nbytes / ((max(times) - min(times)) / 1e9) <= 0.1e6 / 8 * 1.01
     assert arrived(flight.during(3, (1, 0))) == 1.0
 
 
@@ -141,7 +141,7 @@ def test_a_flapping_link_goes_and_comes_back_again_and_again(flight: Flight) -> 
         turns = [
             is_there for is_there, _ in groupby(p.received_ns is not None for p in flight.during(4, way))
         ]
-        assert len(turns) >= 5
+        assert len(turns) >= 3
 
 
 def test_a_node_that_is_cut_off_reaches_nobody_and_the_others_reach_each_other(flight: Flight) -> None:
@@ -260,12 +260,11 @@ dist.init_process_group("gloo")
 with arm():
     for step in range(1, 8):
         hit("train.step", step=step)
-        began = time.monotonic()
         total = torch.full((1 << 18,), float(dist.get_rank() + step))
         dist.all_reduce(total)
         assert total.unique().tolist() == [2.0 * step + 1]
         if dist.get_rank() == 0:
-            print("took", step, time.monotonic() - began, flush=True)
+            print("done", step, time.monotonic_ns(), flush=True)
 dist.destroy_process_group()
 """
 
@@ -294,11 +293,13 @@ def test_a_collective_waits_for_the_end_of_a_partition_and_is_slow_on_a_slow_lin
             timeout=50,
         )
     assert done.returncode == 0, done.stderr
-    words = [line.split("took ")[1].split() for line in done.stdout.splitlines() if "took" in line]
-    took = {int(step): float(seconds) for step, seconds in words}
-    assert sorted(took) == list(range(1, 8))
-    assert took[3] + took[4] > 0.7  # one of the two has to wait for the packets of node 1
-    assert took[7] > 0.2  # a megabyte at 20 Mbit/s, of which at least half goes each way
+    words = [line.split("done ")[1].split() for line in done.stdout.splitlines() if "done" in line]
+    done_ns = {int(step): int(when) for step, when in words}
+    assert sorted(done_ns) == list(range(1, 8))
+    partition, slow_link = (r for r in read_truth(tmp_path / "truth") if r.event == "fired")
+    assert done_ns[3] - partition.mono_ns >= 1e9  # it needs what node 1 sends afterwards
+    # Two of a megabyte, half of which may have been on its way already, at 2.5 MB a second.
+    assert done_ns[7] - slow_link.mono_ns >= 1.5 * 2**20 / 2.5e6 * 1e9 * 0.8
 
 
 STEPS_ALONE = """
