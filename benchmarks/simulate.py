@@ -10,29 +10,13 @@ Mathematics: no failure, exactly one, and exponential failures (Daly's expectati
 30 days of 16,384 GPUs, drawing the failures included; an event is a failure or a change of what the job does.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from distrain.faults.simulate import (
-    Cause,
-    FailureClass,
-    FailureProcess,
-    Failures,
-    Job,
-    Level,
-    Recovery,
-    Survives,
-    draw,
-    load_scenario,
-    replay,
-    run_seeds,
-    search,
-)
+from distrain.faults.simulate import Cause, load_scenario, replay, run_seeds, search
 from distrain.faults.simulate.closed_forms import (
     best_interval_s,
     ettr,
@@ -42,6 +26,7 @@ from distrain.faults.simulate.closed_forms import (
 from distrain.faults.simulate.failures import DAY_S
 from distrain.faults.simulate.sweep import estimate
 
+from .exact import job, one_failure, poisson
 from .harness import Session, main
 
 PUBLISHED = 0.90
@@ -59,22 +44,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "failures.correlated": 0.1,
     },
 }
-EXACT = Job(
-    num_nodes=8,
-    num_spares=0,
-    horizon_s=400 * DAY_S,
-    interval_s=1200.0,
-    stall_s=20.0,
-    levels=(Level(name="storage", survives=Survives.ALL, restore_s=60.0),),
-    recovery=Recovery(
-        crash_detect_s=30.0,
-        hang_detect_s=600.0,
-        corruption_detect_s=0.0,
-        diagnose_s=120.0,
-        restart_s=90.0,
-    ),
-)
-RECOVERY_S = 300.0
+POLICY: Mapping[str, float] = {"interval_s": 1200.0, "stall_s": 20.0, "recovery_s": 300.0}
+HORIZON_S = 400 * DAY_S
 MTBF_S = 4 * 3600.0
 
 
@@ -113,34 +84,23 @@ def _llama3(session: Session, seeds: range) -> None:
 
 def _closed_forms(session: Session, seeds: range) -> None:
     """Relative errors."""
-    interval_s, stall_s = EXACT.interval_s, EXACT.stall_s
-    nothing = draw(_process(0.0), num_nodes=8, horizon_s=EXACT.horizon_s, seed=0)
+    saving = {key: POLICY[key] for key in ("interval_s", "stall_s")}
     at_s = 0.37 * DAY_S
-    day = replace(EXACT, horizon_s=DAY_S)
+    best = {**POLICY, "interval_s": best_interval_s(stall_s=POLICY["stall_s"], mtbf_s=MTBF_S)}
     exponential = [
-        draw(_process(1000 * DAY_S / MTBF_S / 8), num_nodes=8, horizon_s=EXACT.horizon_s, seed=seed)
+        replay(job(**best, horizon_s=HORIZON_S), poisson(MTBF_S, horizon_s=HORIZON_S, seed=seed)).ettr
         for seed in seeds
     ]
-    best_s = best_interval_s(stall_s=stall_s, mtbf_s=MTBF_S)
     expected = {
         "no_failure": (
-            replay(EXACT, nothing).ettr,
-            ettr_without_failure(interval_s=interval_s, stall_s=stall_s),
+            replay(job(**POLICY, horizon_s=HORIZON_S), poisson(math.inf, horizon_s=HORIZON_S, seed=0)).ettr,
+            ettr_without_failure(**saving),
         ),
         "one_failure": (
-            replay(day, _one(at_s)).ettr,
-            ettr_with_one_failure(
-                horizon_s=DAY_S,
-                failure_s=at_s,
-                interval_s=interval_s,
-                stall_s=stall_s,
-                recovery_s=RECOVERY_S,
-            ),
+            replay(job(**POLICY, horizon_s=DAY_S), one_failure(at_s)).ettr,
+            ettr_with_one_failure(**POLICY, horizon_s=DAY_S, failure_s=at_s),
         ),
-        "young_daly": (
-            _mean(replace(EXACT, interval_s=best_s), exponential),
-            ettr(interval_s=best_s, stall_s=stall_s, mtbf_s=MTBF_S, recovery_s=RECOVERY_S),
-        ),
+        "young_daly": (statistics.fmean(exponential), ettr(**best, mtbf_s=MTBF_S)),
     }
     for name, (simulated, formula) in expected.items():
         session.row(closed_form=name, simulated=simulated, formula=formula)
@@ -164,20 +124,6 @@ def _speed(session: Session) -> None:
         start = time.perf_counter()
         best_s, found = search(load_scenario(), range(10)).best
         session.row(search_s=time.perf_counter() - start, best_interval_s=best_s, ettr=found.mean)
-
-
-def _process(per_1000_node_days: float) -> FailureProcess:
-    return FailureProcess(classes=(FailureClass(name="crash", per_1000_node_days=per_1000_node_days),))
-
-
-def _one(t_s: float) -> Failures:
-    classes = _process(0.0).classes
-    zero = np.zeros(1, np.int64)
-    return Failures(classes, np.array([t_s]), zero, zero, np.zeros(1))
-
-
-def _mean(job: Job, drawn: list[Failures]) -> float:
-    return statistics.fmean(replay(job, failures).ettr for failures in drawn)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.exact import job, one_failure, poisson
 from distrain.checkpoint.interval import optimal_interval_s
-from distrain.faults.simulate import (
-    FailureClass,
-    FailureProcess,
-    Failures,
-    Job,
-    Level,
-    Recovery,
-    Scenario,
-    Survives,
-    draw,
-    load_scenario,
-    replay,
-    run_seeds,
-    search,
-)
+from distrain.faults.simulate import Scenario, load_scenario, replay, run_seeds, search
 from distrain.faults.simulate.closed_forms import (
     best_interval_s,
     ettr,
@@ -32,29 +19,6 @@ from distrain.faults.simulate.closed_forms import (
 )
 from distrain.faults.simulate.failures import DAY_S
 from distrain.faults.simulate.sweep import estimate
-
-
-def job(*, interval_s: float, stall_s: float, recovery_s: float, horizon_s: float) -> Job:
-    return Job(
-        num_nodes=4,
-        num_spares=0,
-        horizon_s=horizon_s,
-        interval_s=interval_s,
-        stall_s=stall_s,
-        levels=(Level(name="storage", survives=Survives.ALL, restore_s=recovery_s / 4),),
-        recovery=Recovery(
-            crash_detect_s=recovery_s / 4,
-            hang_detect_s=0,
-            corruption_detect_s=0,
-            diagnose_s=recovery_s / 4,
-            restart_s=recovery_s / 4,
-        ),
-    )
-
-
-def poisson(mtbf_s: float, *, horizon_s: float, seed: int) -> Failures:
-    crash = FailureClass(name="crash", per_1000_node_days=1000 * DAY_S / mtbf_s / 4)
-    return draw(FailureProcess(classes=(crash,)), num_nodes=4, horizon_s=horizon_s, seed=seed)
 
 
 @pytest.mark.parametrize(("interval_s", "stall_s"), [(60, 0), (600, 5), (1800, 120), (7200, 900)])
@@ -70,12 +34,8 @@ def test_without_failures(interval_s: float, stall_s: float) -> None:
 @pytest.mark.parametrize("failure_s", [0.0, 599.0, 603.0, 40_000.0, 86_399.0])
 def test_with_one_failure(failure_s: float) -> None:
     policy = {"interval_s": 600.0, "stall_s": 5.0, "recovery_s": 400.0, "horizon_s": DAY_S}
-    zero = np.zeros(1, np.int64)
-    one = Failures(
-        (FailureClass(name="crash", per_1000_node_days=0),), np.array([failure_s]), zero, zero, np.zeros(1)
-    )
     expected = ettr_with_one_failure(failure_s=failure_s, **policy)
-    assert replay(job(**policy), one).ettr == pytest.approx(expected, rel=1e-9)
+    assert replay(job(**policy), one_failure(failure_s)).ettr == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
