@@ -24,7 +24,8 @@ def is_installed() -> bool:
     return find_spec("deepspeed") is not None
 
 
-def _deepspeed() -> Any:
+def deepspeed_on_cpu() -> Any:
+    """The package, joined to this rank's process group."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -37,7 +38,7 @@ class Zero:
     """Data parallelism with sharded states."""
 
     def __init__(self, rank: int, world_size: int, job: Job, *, stage: int) -> None:
-        self._deepspeed = _deepspeed()
+        self._deepspeed = deepspeed_on_cpu()
         self._rank, self._world_size, self._stage = rank, world_size, stage
         self._model = build_model(job)
         self._engine, *_ = self._deepspeed.initialize(
@@ -75,7 +76,7 @@ class Pipeline:
     """PipelineModule: one of our stages is one of its layers, so that both cut the model alike."""
 
     def __init__(self, rank: int, world_size: int, job: Job) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = deepspeed_on_cpu()
         from deepspeed.pipe import PipelineModule
 
         ranges = stage_layers(job.shape.num_layers, world_size)
