@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from distrain.core.vocabulary import FaultKind, IncidentClass
 
-from .inject.checks import JobShape, victims
+from .inject.checks import JobShape, ranks_hit, victims
+from .inject.kinds import KINDS, Victim
 from .inject.plan import FaultPlan
 from .inject.truth import FIRED, Record
 
@@ -86,7 +87,11 @@ class Score:
     steps_lost: int
     """steps that were trained and had to be trained again"""
     goodput: float
-    """seconds of steps that counted over the seconds of the whole drill"""
+    """seconds of steps that counted over all seconds from the beginning of the first step to the end of the last"""
+    startup_s: float
+    """seconds until the first step began, which a job without faults needs too; no part of ``goodput``"""
+    restarts_s: float
+    """seconds of later launches until their first steps began; these cost goodput"""
     is_equal: bool | None
     """whether the final state is that of an undisturbed run, bit for bit; None if that was not compared"""
     problems: tuple[str, ...]
@@ -110,7 +115,8 @@ def score(
         for victim in victims(fault, job):
             if plan.is_drawn(number, victim):
                 key = number, victim
-                row = _row(plan, number, victim, fired.get(key), truth, attempts, detections)
+                hit = (victim,) if KINDS[fault.kind].victim is Victim.RANK else ranks_hit(fault, job)
+                row = _row(plan, number, victim, fired.get(key), hit, truth, attempts, detections)
                 if key in failed:
                     text = f"it could not be carried out: {failed[key]}"
                     row = replace(row, problems=(*row.problems, text))
@@ -126,6 +132,8 @@ def score(
         num_launches=len(attempts),
         steps_lost=steps_lost(attempts),
         goodput=goodput(attempts),
+        startup_s=_start_s(attempts[0]) if attempts else 0.0,
+        restarts_s=sum(map(_start_s, attempts[1:])),
         is_equal=is_equal,
         problems=tuple(problems),
     )
@@ -138,12 +146,28 @@ def steps_lost(attempts: Sequence[Attempt]) -> int:
 
 
 def goodput(attempts: Sequence[Attempt]) -> float:
-    """Seconds of the last time of each step over those of all launches and what lies between."""
-    if not attempts:
+    """Seconds of the last time of each step over those of training, with all that lies between.
+
+    Training begins with the first step, for a job that lasts for weeks starts but once; what faults make it start
+    again counts. It ends with the last step or, if the job did not come to its end, with the last launch.
+    """
+    steps = [each for attempt in attempts for each in attempt.steps]
+    if not steps:
         return 0.0
-    last: dict[int, float] = {each.step: each.seconds for attempt in attempts for each in attempt.steps}
-    whole_s = (attempts[-1].ended_ns - attempts[0].began_ns) / 1e9
+    last = {each.step: each.seconds for each in steps}
+    ended_ns = attempts[-1].ended_ns if attempts[-1].code else max(each.wall_ns for each in steps)
+    whole_s = (ended_ns - min(map(_begun_ns, steps))) / 1e9
     return sum(last.values()) / whole_s if whole_s > 0 else 0.0
+
+
+def _begun_ns(step: StepDone) -> int:
+    return step.wall_ns - round(step.seconds * 1e9)
+
+
+def _start_s(attempt: Attempt) -> float:
+    """Seconds of a launch before it trained; all of it if it never did."""
+    begun_ns = min(map(_begun_ns, attempt.steps), default=attempt.ended_ns)
+    return (begun_ns - attempt.began_ns) / 1e9
 
 
 def _row(
@@ -151,6 +175,7 @@ def _row(
     number: int,
     victim: int,
     record: Record | None,
+    hit: Sequence[int],
     truth: Sequence[Record],
     attempts: Sequence[Attempt],
     detections: Sequence[Detection],
@@ -165,7 +190,7 @@ def _row(
             step=None,
             problems=("it did not fire",),
         )
-    found = _detection(record, truth, detections)
+    found = _detection(record, hit, truth, detections)
     detect_s = (found.wall_ns - record.wall_ns) / 1e9 if found else None
     expect, problems = fault.expect, []
     if expect.incident is not None:
@@ -193,13 +218,15 @@ def _row(
     )
 
 
-def _detection(record: Record, truth: Sequence[Record], detections: Sequence[Detection]) -> Detection | None:
-    """Who noticed this fault first."""
+def _detection(
+    record: Record, hit: Sequence[int], truth: Sequence[Record], detections: Sequence[Detection]
+) -> Detection | None:
+    """Who noticed this fault, which has hit some ranks, first."""
     later = sorted((d for d in detections if d.wall_ns >= record.wall_ns), key=lambda d: d.wall_ns)
     next_ns = min(
         (r.wall_ns for r in truth if r.event == FIRED and r.wall_ns > record.wall_ns), default=math.inf
     )
-    blamed = (d for d in later if record.victim in d.suspects)
+    blamed = (d for d in later if set(hit) & set(d.suspects))
     return next(blamed, next((d for d in later if d.wall_ns < next_ns), None))
 
 

@@ -199,8 +199,9 @@ def _print(found: "Score", folder: Path) -> None:
     console.print(table)
     state = {True: "equal to the bit", False: "different", None: "not compared"}[found.is_equal]
     console.print(
-        f"launches: {found.num_launches}, steps trained twice: {found.steps_lost}, goodput {found.goodput:.0%}, "
-        f"final state: {state}; logs and score in {folder}"
+        f"launches: {found.num_launches}, steps trained twice: {found.steps_lost}, goodput {found.goodput:.0%} after "
+        f"{found.startup_s:.1f} s to start ({found.restarts_s:.1f} s to start again count), final state: {state}; "
+        f"logs and score in {folder}"
     )
     for problem in found.problems:
         console.print(f"failed: {problem}")

@@ -12,28 +12,12 @@ from typing import Any
 import pytest
 
 from distrain.faults.inject import FaultPlan
+from distrain.faults.inject.capabilities import probe
 from helpers.keeper_processes import keepers_of, kill_keepers
-from helpers.victims import wait_until
+from helpers.runs import write_run
+from helpers.victims import left_groups, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
-
-CONFIG = """
-run_dir = "{run}"
-[data]
-source = "text"
-path = "{corpus}"
-seq_len = 32
-global_batch = 4
-held_out = 0.2
-[train]
-steps = 8
-eval_sequences = 4
-[launch]
-ranks = 2
-device = "cpu"
-[checkpoint]
-every = 2
-"""
 
 SCRIPT = """
 import sys
@@ -61,14 +45,7 @@ dist.destroy_process_group()
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(8):
-        words = (f"{number * i % 97} {'abcdefgh'[i % 8] * (i % 5)}" for i in range(200))
-        (corpus / f"{number}.txt").write_text(" ".join(words))
-    path = tmp_path / "run.toml"
-    path.write_text(CONFIG.format(run=tmp_path / "run", corpus=corpus))
-    return path
+    return write_run(tmp_path, steps=8, every=2)
 
 
 def drill(folder: Path, plan: FaultPlan, *words: str) -> tuple[int, dict[str, Any], str]:
@@ -168,6 +145,28 @@ def test_a_drill_that_is_stopped_leaves_nothing_behind(config: Path, tmp_path: P
         process.send_signal(signum)
         assert process.wait(90) == 128 + signum
     wait_until(lambda: not processes_of(tmp_path), f"the end of {processes_of(tmp_path)}")
+
+
+def test_a_drill_that_is_killed_takes_its_job_with_it(config: Path, tmp_path: Path) -> None:
+    """One of its ranks is frozen: no signal reaches it, until somebody takes its group away."""
+    if missing := probe().lacks("freezer"):
+        pytest.skip(missing)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(FaultPlan().inject("cgroup.freeze", ranks=[0]).at(step=3).to_json()))
+    words = ["drill", str(plan), str(config), "--no-reference", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "distrain", *words],
+        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        fired = tmp_path / "out" / "truth" / f"injector-{process.pid}.jsonl"
+        wait_until(lambda: fired.exists() and fired.stat().st_size > 0, "a fault that has fired")
+        wait_until(lambda: left_groups(process.pid), "a frozen rank")
+        process.kill()
+        process.wait()
+    wait_until(lambda: not processes_of(tmp_path), f"the end of {processes_of(tmp_path)}")
+    assert not left_groups(process.pid)
 
 
 def processes_of(folder: Path) -> list[str]:

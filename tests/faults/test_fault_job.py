@@ -14,40 +14,17 @@ from distrain.core.sidecar_client import KeeperLost
 from distrain.faults.inject import FaultPlan, Injector, read_truth
 from helpers.keeper_processes import kill_keepers
 from helpers.keepers import Keepers, Rank, alive, committed, config_of, is_saved, keepers_in, local, until
+from helpers.runs import write_run
 from helpers.victims import LOOP, ROOT, Scene, wait_until
 
 pytestmark = pytest.mark.processes
-
-CONFIG = """
-run_dir = "{run}"
-[data]
-source = "text"
-path = "{corpus}"
-seq_len = 32
-global_batch = 4
-held_out = 0.2
-[train]
-steps = 7
-eval_sequences = 4
-[launch]
-ranks = 2
-device = "cpu"
-[checkpoint]
-every = {every}
-"""
-
 
 # -- training --------------------------------------------------------------------------------------------------
 
 
 def train(folder: Path, plan: FaultPlan, *, name: str, every: int = 0) -> "subprocess.CompletedProcess[str]":
     """Train on two ranks under ``plan``; a run of the same name goes on where it was."""
-    corpus, config = folder / "corpus", folder / f"{name}.toml"
-    corpus.mkdir(exist_ok=True)
-    for number in range(8):
-        words = (f"{number * i % 97} {'abcdefgh'[i % 8] * (i % 5)}" for i in range(200))
-        (corpus / f"{number}.txt").write_text(" ".join(words))
-    config.write_text(CONFIG.format(run=folder / name, corpus=corpus, every=every))
+    config = write_run(folder, name=name, steps=7, every=every)
     with Injector(plan, folder / f"{name}-truth") as injector:
         return subprocess.run(
             [sys.executable, "-m", "distrain", "train", str(config)],

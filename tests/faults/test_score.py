@@ -55,7 +55,9 @@ def test_a_drill_that_went_as_expected_has_times_and_no_problems() -> None:
     assert row.detect_s == 0.5
     assert row.recover_s == 17.5 - 12  # the end of step 5, which had not been done before
     assert found.steps_lost == 2  # 3 and 4 twice
-    assert found.goodput == 10 * 0.5 / 20
+    # From 9.5, where the first step begins, to 20, where the last one ends.
+    assert found.goodput == 10 * 0.5 / 10.5
+    assert (found.startup_s, found.restarts_s) == (9.5, 2.0)
 
 
 def test_a_fault_that_did_not_fire_fails_the_drill() -> None:
@@ -97,3 +99,23 @@ def test_what_could_not_be_carried_out_is_said() -> None:
     records = [failure, replace(failure, event="failed", detail={"reason": "no such process"})]
     (row,) = of(KILL, truth=records, attempts=[SECOND], seen=[noticed(12.5, 1)]).faults
     assert row.problems == ("it could not be carried out: no such process",)
+
+
+def test_what_a_job_does_after_its_last_step_costs_goodput_only_if_it_fails() -> None:
+    """A job that hangs until it is killed has not been training."""
+    steps = {n: 10 + n / 2 for n in range(1, 11)}
+    sound, hanging = launch(0, 60, steps), launch(0, 60, steps, code=137)
+    plan = FaultPlan()
+    assert of(plan, truth=[], attempts=[sound], seen=[]).goodput == 1.0
+    assert of(plan, truth=[], attempts=[hanging], seen=[]).goodput == 5.0 / 50
+    never = of(plan, truth=[], attempts=[launch(0, 60, {}, code=1)], seen=[])
+    assert (never.goodput, never.startup_s) == (0.0, 60.0)
+
+
+def test_a_lost_node_is_noticed_by_whoever_blames_a_rank_of_it() -> None:
+    plan = FaultPlan().kill(node=1).at(step=5).expect("crash", suspects=[2, 3])
+    job = replace(JOB, num_nodes=2)
+    lost = replace(fired(12), kind=FaultKind.NODE_LOSS)
+    seen = [noticed(12.5, 0), noticed(13, 3)]
+    found = score(plan, job, truth=[lost], attempts=[FIRST, SECOND], detections=seen, is_equal=True)
+    assert found.faults[0].suspects == (3,) and found.problems == ()
