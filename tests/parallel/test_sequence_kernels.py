@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distrain.parallel.sequence.attention import SequenceAttention
 from distrain.parallel.sequence.layout import SequenceLayout
 from distrain.parallel.sequence.loop import FlashCpu, LoopKernel, Plain
-from distrain.parallel.sequence.packed import Call, PackedKernel
+from distrain.parallel.sequence.packed import Call, FlashCuda, PackedKernel
 from distrain.parallel.sequence.varlen import Kernel, Piece, Saved, pieces
 
 LENGTHS = (1, 130, 2, 7, 300, 3, 40)
@@ -121,6 +122,35 @@ def test_each_kernel_gives_what_plain_softmax_does(
         found[1][:, :, rows[place][real]] = dq[:, :, real]
     for got, want in zip(found, expected(LENGTHS, whole, window), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("left", "right"), [(-1, 0), (-1, -1), (5, 0), (3, -1)])
+def test_the_operators_of_cuda_take_what_they_are_given(left: int, right: int) -> None:
+    device = torch.device("meta")  # shapes and signatures, without a GPU
+    rows, starts = (torch.empty(n, dtype=torch.int64, device=device) for n in (12, 3))
+    call = Call(left, right, True, rows, rows, starts.int(), starts.int(), 8, 8)
+    q, k = (torch.empty(12, heads, 16, dtype=torch.bfloat16, device=device) for heads in (6, 2))
+    out, lse = FlashCuda().forward(call, q, k, k)
+    assert out.shape == q.shape and lse.shape == (6, 12) and lse.dtype is torch.float32
+    gradients = FlashCuda().backward(call, out, q, k, k, out, lse)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 100])
+def test_flash_on_a_gpu_agrees_with_plain_softmax(window: int) -> None:
+    device = torch.device("cuda")
+    attention = SequenceAttention(SequenceLayout.build(LENGTHS), window=window)
+    heads = (KV_HEADS * READERS, KV_HEADS, KV_HEADS, KV_HEADS * READERS)
+    *leaves, grad = (torch.randn(sum(LENGTHS), n, FEATURES) for n in heads)
+    outcomes = []
+    for where, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float64)):
+        q, k, v = (leaf.bfloat16().to(where, dtype).requires_grad_() for leaf in leaves)
+        out = attention.attend(q, k, v)
+        gradients = torch.autograd.grad(out, (q, k, v), grad.bfloat16().to(where, dtype))
+        outcomes.append([tensor.detach().double().cpu() for tensor in (out, *gradients)])
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-2 * float(want.abs().max()))
 
 
 def test_without_a_window_a_sequence_is_one_piece_a_step() -> None:

@@ -10,7 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .varlen import BAND, Piece, Saved, merge
+from .varlen import Piece, Saved, merge
+
+BAND = 128
+"""queries of a band: the more, the more of a band's keys are hidden from some; the fewer, the more bands"""
 
 
 class Rectangle(Protocol):

@@ -24,9 +24,6 @@ from torch import Tensor
 
 from .layout import Span
 
-BAND = 128
-"""queries of a band: the more, the more of a band's keys are hidden from some; the fewer, the more bands"""
-
 
 class Piece(NamedTuple):
     """Queries [start, stop) against keys [start, stop), by rows; every query sees at least one of the keys."""
