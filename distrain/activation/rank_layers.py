@@ -20,26 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrain.core.errors import Problem, raise_if
+from distrain.core.errors import raise_if
 from distrain.core.vocabulary import ModelShape
+from distrain.planners.memory_plan import layer_problems
 
 Kind = Literal["gpt", "llama"]
-
-
-def layer_problems(shape: ModelShape, *, tp: int, cp: int, seq_len: int) -> list[Problem]:
-    """Why a layer cannot be shared out like that; empty if it can."""
-    ways = tp * cp
-    wanted = (
-        ("model.num_heads", shape.num_heads, "tp x cp", ways),
-        ("model.num_kv_heads", shape.num_kv_heads, "tp x cp", ways),
-        ("model.d_ffn", shape.d_ffn, "tp", tp),
-        ("the sequence length", seq_len, "tp x cp", ways),
-    )
-    return [
-        Problem(f"{of} does not divide {name}", got=f"{of} = {by}, {name} = {number}", allowed=f"divisors of {number}")
-        for name, number, of, by in wanted
-        if number % by
-    ]  # fmt: skip
 
 
 def rank_layer(shape: ModelShape, *, kind: Kind, tp: int, cp: int) -> nn.Module:

@@ -3,6 +3,7 @@
 import typer
 
 from ._plan_buffers import buffers
+from ._plan_memory import memory
 from ._plan_sequence import sequence
 
 plan = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -14,4 +15,5 @@ def _plan() -> None:
 
 
 plan.command()(buffers)
+plan.command()(memory)
 plan.command()(sequence)
