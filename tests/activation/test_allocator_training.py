@@ -324,6 +324,31 @@ def test_a_fork_goes_on_without_the_plan_and_hurts_nobody() -> None:
         assert (report.hits, report.live_blocks, report.misses) == (2, 2, 0)
 
 
+def test_a_fork_finds_the_allocator_in_order_whatever_other_threads_are_doing() -> None:
+    with PlannedAllocator.record() as recording:
+        torch.empty(2**13)
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            torch.empty(2**13)
+
+    with PlannedAllocator(recording.plan()):
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(20):
+                if (child := os.fork()) == 0:
+                    torch.empty(2**13)
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
 def all_are(tensors: list[Tensor], value: int) -> bool:
     return all(int(each.min()) == value == int(each.max()) for each in tensors)  # asks for nothing large
 

@@ -94,17 +94,28 @@ def adapter(device: Device) -> Adapter:
 def use_on_cuda() -> None:
     """Let all of torch's CUDA memory pass through the planned allocator from now on.
 
-    Once in a process, before anything uses CUDA (torch refuses later). Without a plan, memory comes from the pools of
-    CUDA (``cudaMallocAsync``); torch's own statistics and snapshots are empty, and CUDA graphs cannot be captured.
+    Before anything uses CUDA: ConfigError if it is too late. Called again, it does nothing. Without a plan, memory
+    comes from the pools of CUDA (``cudaMallocAsync``); torch's own statistics and snapshots stay empty, and CUDA
+    graphs cannot be captured.
     """
     library = cuda_library()
+    if library.distrain_cuda_is_used():
+        return
     open_cudart(library, f"libcudart.so.{(torch.version.cuda or '0').split('.')[0]}")
     plugged = torch.cuda.memory.CUDAPluggableAllocator(
         library._name, "distrain_cuda_alloc", "distrain_cuda_free"
     )
     record_stream = ctypes.cast(library.distrain_cuda_record_stream, ctypes.c_void_p).value
     plugged.allocator().set_record_stream_fn(record_stream)
-    torch.cuda.memory.change_current_allocator(plugged)
+    try:
+        torch.cuda.memory.change_current_allocator(plugged)
+    except RuntimeError as error:
+        raise ConfigError(
+            "torch's CUDA allocator cannot be replaced any more",
+            got=str(error),
+            hint="do it before any CUDA tensor",
+        ) from None
+    library.distrain_cuda_mark_used()
 
 
 def open_cudart(library: ctypes.CDLL, path: str) -> None:

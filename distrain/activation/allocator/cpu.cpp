@@ -1,8 +1,8 @@
 // The planned allocator under torch's CPU tensors.
 //
-// Small requests, and all of them while nothing is on, get the base allocator's own block with its own deleter: they cost one
-// comparison, and their frees nothing. The plan is followed on the thread that started it: a CPU backward runs there too,
-// while loaders and hooks elsewhere have an order of their own.
+// Small requests, and all of them while nothing is on, get the base allocator's own block with its own deleter: they
+// cost one comparison, and their frees nothing. The plan is followed on the thread that started it: a CPU backward runs
+// there too, while loaders and hooks elsewhere have an order of their own.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -69,8 +69,8 @@ constexpr uint8_t PRIORITY = 10;  // torch installs a new allocator only over on
 
 extern "C" {
 
-// 0, or why the allocator cannot be put in place: 1 the one beneath has changed, 2 it has no plain blocks, 3 it has priority,
-// 4 ours is in place already.
+// 0, or why the allocator cannot be put in place: 1 the one beneath has changed, 2 it has no plain blocks, 3 it has
+// priority, 4 ours is in place already.
 int distrain_cpu_install() {
   auto& ours = distrain::allocator();
   c10::Allocator* present = c10::GetCPUAllocator();

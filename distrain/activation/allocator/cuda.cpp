@@ -1,8 +1,10 @@
-// The planned allocator behind torch.cuda.memory.CUDAPluggableAllocator. Compiles without CUDA: libcudart is opened at run time.
+// The planned allocator behind torch.cuda.memory.CUDAPluggableAllocator. It compiles without CUDA, and opens libcudart
+// when it is used.
 //
-// Kernels run later than the calls that free their memory, so an address may be given away anew at once only where order is
-// kept: the plan is followed on one stream of one device, and every other request goes to the stream-ordered pools of CUDA, as
-// do small ones. A block that another stream has read (record_stream) is given back behind an event of that stream:
+// Kernels run later than the calls that free their memory, so an address may be given away anew at once only where
+// order is kept: the plan is followed on one stream of one device. Every other request goes to the stream-ordered pools
+// of CUDA, as do small ones. A block that another stream has read (record_stream) is given back behind an event of that
+// stream:
 //
 //     compute   alloc x ── kernels ───────────────────────── free x: wait for e ── next block at x's address
 //     copies                 └─ record_stream(x) ── copy x ── e ┘
@@ -141,7 +143,9 @@ class Readers {
   std::atomic<size_t> num_{0};
 };
 
+// Whose requests may follow a plan.
 struct Lane {
+  std::atomic<bool> is_used{false};
   std::atomic<int> device{0};
   std::atomic<Stream> stream{nullptr};
 
@@ -199,8 +203,9 @@ const char* distrain_cuda_open(const char* path) {
   return problem.c_str();
 }
 
-// Whether libcudart was found: torch's requests come here, or will.
-int distrain_cuda_is_used() { return distrain::runtime.cudaMalloc != nullptr; }
+// Whether torch's requests come here.
+void distrain_cuda_mark_used() { distrain::lane.is_used = true; }
+int distrain_cuda_is_used() { return distrain::lane.is_used; }
 
 // The stream of the device that plans are for.
 void distrain_cuda_follow(int device, void* stream) {

@@ -7,12 +7,12 @@
 //   Occupancy   is the entry's place free at this moment?     one bit for each cell between two addresses of the plan
 //   Replay      both, and who lives where; counts everything
 //
-//     plan      a ----      cells   0 1 2 3      The plan's addresses cut the arena into cells, known ahead. A block
-//               b     --            [a][a][b][ ] covers a run of cells; taking it is testing and setting a run of bits,
-//               c  ---              [ ][c][c][ ] and no list or map grows or shrinks while the program runs.
+//     addresses  |----- a -----|-- b --|     The plan's addresses cut the arena into cells, known ahead. A block covers
+//                   |------ c ------|        a run of cells; taking it is testing and setting a run of bits, and no
+//     cells      |1 |    2     | 3  |4 |     list or map grows or shrinks while the program runs.
 //
-// Whatever the program does, no two living blocks share a byte, because a block is only handed out if all bits of its run
-// are zero. What cannot be served returns nullptr, and the caller asks the allocator beneath.
+// Whatever the program does, no two living blocks share a byte, because a block is only handed out if all bits of its
+// run are zero. What cannot be served returns nullptr, and the caller asks the allocator beneath.
 //
 // Nothing here locks: session.hpp does.
 
@@ -57,8 +57,8 @@ struct Entry {
   int64_t offset;  // in the arena, or NOT_PLANNED
 };
 
-// Aligns the requests of a step with the entries of a plan. Each phase has its own position, so that what goes astray in one
-// phase cannot spoil the next.
+// Aligns the requests of a step with the entries of a plan. Each phase has its own position, so that what goes astray
+// in one phase cannot spoil the next.
 class Matcher {
  public:
   // How far from the expected position a lost request is looked for: a few layers, and cheap enough for every miss.
@@ -90,9 +90,9 @@ class Matcher {
 
   // The entry that this request is, or NO_ENTRY.
   //
-  // The expected one if the size is right: a tensor too many costs nothing but itself. Otherwise two requests in a row that
-  // are not expected must be found side by side in the plan, so that a tensor too few costs one more and chance seldom
-  // misleads; it may mislead, because both directions are searched and the guard is behind.
+  // The expected one if the size is right: a tensor too many costs nothing but itself. Otherwise two requests in a row
+  // that are not expected must be found side by side in the plan, so that a tensor too few costs one more, and chance
+  // seldom misleads. It may mislead: both directions are searched, so there is a way back, and the guard is behind.
   int32_t next(int64_t size) {
     if (phase_ < 0 || static_cast<size_t>(phase_) >= positions_.size()) return NO_ENTRY;
     int32_t& position = positions_[phase_];

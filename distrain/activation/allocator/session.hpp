@@ -1,11 +1,11 @@
-// What the adapters of all kinds of memory share: one lock around plan_core.hpp, who may follow the plan, and the C interface.
+// What the adapters of all kinds of memory share: one lock around plan_core.hpp, what is on, and the C interface.
 //
 //               off                    record                         replay
 //   request     base                   base, written down             arena if planned and free, else base
 //   free        arena's or base's, by address, in every mode: blocks outlive sessions, and arenas their last block
 //
-// An adapter gives a `Memory` for arenas, defines `session()`, asks `concerns` before anything else (no lock is taken for
-// small requests or while nothing is on), then `take`, and reports what base gave instead with `placed`.
+// An adapter gives a `Memory` for arenas, defines `session()`, asks `concerns` before anything else (no lock is taken
+// for small requests or while nothing is on), then `take`, and reports what base gave instead with `placed`.
 //
 // The child of a fork has copies of all blocks and goes on without a plan. The lock is held across the fork, so that it
 // is in order on both sides.
