@@ -59,6 +59,14 @@ def first_failure(report: Path) -> dict[str, Any] | None:
     return found
 
 
+def lost_nodes(report: Path) -> list[dict[str, Any]]:
+    """Which nodes the launcher says are gone or silent: ``node`` and ``at`` (seconds since 1970)."""
+    if not report.exists():
+        return []
+    found: list[dict[str, Any]] = json.loads(report.read_text())["lost"]
+    return found
+
+
 def end_all(pids: Sequence[int]) -> None:
     """Ask processes to end that have outlived their job."""
     for pid in pids:

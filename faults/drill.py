@@ -12,6 +12,7 @@ Launching again stands for the recovery of a cluster: what a job gets back from 
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,7 @@ from distrain.core.errors import LaunchError
 from distrain.core.events import read_events
 from distrain.core.vocabulary import REPORT, IncidentClass
 
-from .command import end_all, first_failure, run_command
+from .command import end_all, first_failure, lost_nodes, run_command
 from .inject import FaultPlan, Injector, JobShape, read_truth
 from .score import Attempt, Detection, Score, StepDone, score
 from .watcher import Watcher
@@ -63,15 +64,7 @@ def run(drill: Drill, *, say: Say = lambda text: None) -> Score:
 
 
 def _run(drill: Drill, say: Say) -> Score:
-    if drill.with_reference:
-        say("an undisturbed run, for comparison")
-        reference = _launch(drill, drill.folder / "sound", "reference", {})
-        if reference.code:
-            raise LaunchError(
-                "the job fails without any fault",
-                got=f"exit code {reference.code}",
-                hint=f"see {drill.folder}/reference.log",
-            )
+    usual_s = _undisturbed(drill, say) if drill.with_reference else None
     attempts: list[Attempt] = []
     detections: list[Detection] = []
     with Injector(drill.plan, drill.folder / "truth") as injector:
@@ -82,7 +75,7 @@ def _run(drill: Drill, say: Say) -> Score:
                 attempts.append(
                     _launch(drill, drill.folder / "faulty", f"launch-{number}", injector.variables)
                 )
-                detections += _launchers_verdict(drill.folder / f"launch-{number}.json")
+                detections += _launchers_verdict(drill.folder / f"launch-{number}.json", drill.job)
         finally:
             end_all(injector.pids("keeper"))
     is_equal = None
@@ -96,9 +89,23 @@ def _run(drill: Drill, say: Say) -> Score:
         attempts=attempts,
         detections=detections,
         is_equal=is_equal,
+        usual_s=usual_s,
     )
     (drill.folder / "score.json").write_text(json.dumps(to_json(found), indent=1))
     return found
+
+
+def _undisturbed(drill: Drill, say: Say) -> float | None:
+    """Run the job without faults; what a step usually takes, if it says so. Raises LaunchError."""
+    say("an undisturbed run, for comparison")
+    reference = _launch(drill, drill.folder / "sound", "reference", {})
+    if reference.code:
+        raise LaunchError(
+            "the job fails without any fault",
+            got=f"exit code {reference.code}",
+            hint=f"see {drill.folder}/reference.log",
+        )
+    return statistics.median(each.seconds for each in reference.steps) if reference.steps else None
 
 
 def to_json(found: Score) -> dict[str, Any]:
@@ -132,10 +139,12 @@ def _steps(run_folder: Path, *, since_ns: int) -> tuple[StepDone, ...]:
     return tuple(found)
 
 
-def _launchers_verdict(report: Path) -> list[Detection]:
-    """What the launcher has noticed: which rank failed first."""
+def _launchers_verdict(report: Path, job: JobShape) -> list[Detection]:
+    """What the launcher has noticed: which rank failed first, and which nodes are lost."""
     first = first_failure(report)
-    if first is None:
-        return []
-    suspects, wall_ns = (int(first["rank"]),), round(first["at"] * 1e9)
-    return [Detection(incident=IncidentClass.CRASH, suspects=suspects, wall_ns=wall_ns, source="launcher")]
+    found: list[tuple[tuple[int, ...], float]] = [((int(first["rank"]),), first["at"])] if first else []
+    found += [(job.ranks_on(int(each["node"])), each["at"]) for each in lost_nodes(report)]
+    return [
+        Detection(incident=IncidentClass.CRASH, suspects=suspects, wall_ns=round(at * 1e9), source="launcher")
+        for suspects, at in found
+    ]

@@ -6,7 +6,8 @@ that blames its victim or, failing that, by the first one before the next fault;
 """
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distrain.core.vocabulary import FaultKind, IncidentClass
@@ -27,6 +28,10 @@ FATAL = frozenset(
     }
 )
 """kinds after which training cannot go on by itself"""
+
+
+Key = tuple[int, int]
+"""number of a fault, and its victim"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,8 @@ class Score:
     steps_lost: int
     """steps that were trained and had to be trained again"""
     goodput: float
-    """seconds of steps that counted over all seconds from the beginning of the first step to the end of the last"""
+    """seconds of steps that counted, none for more than it usually takes, over all seconds from the beginning of the
+    first step to the end of the last"""
     startup_s: float
     """seconds until the first step began, which a job without faults needs too; no part of ``goodput``"""
     restarts_s: float
@@ -106,17 +112,21 @@ def score(
     attempts: Sequence[Attempt],
     detections: Sequence[Detection],
     is_equal: bool | None,
+    usual_s: float | None = None,
 ) -> Score:
-    """Compare what happened with what the plan asks for."""
+    """Compare what happened with what the plan asks for; ``usual_s`` is what a step takes without faults."""
     fired = {(record.fault, record.victim): record for record in truth if record.event == FIRED}
     failed = {(r.fault, r.victim): str(r.detail.get("reason", "")) for r in truth if r.event == "failed"}
+    hits = {
+        (record.fault, record.victim): _ranks(plan, record.fault, record.victim, job)
+        for record in fired.values()
+    }
     faults = []
     for number, fault in enumerate(plan.faults):
         for victim in victims(fault, job):
             if plan.is_drawn(number, victim):
                 key = number, victim
-                hit = (victim,) if KINDS[fault.kind].victim is Victim.RANK else ranks_hit(fault, job)
-                row = _row(plan, number, victim, fired.get(key), hit, truth, attempts, detections)
+                row = _row(plan, number, victim, fired, hits, attempts, detections)
                 if key in failed:
                     text = f"it could not be carried out: {failed[key]}"
                     row = replace(row, problems=(*row.problems, text))
@@ -131,7 +141,7 @@ def score(
         faults=tuple(faults),
         num_launches=len(attempts),
         steps_lost=steps_lost(attempts),
-        goodput=goodput(attempts),
+        goodput=goodput(attempts, usual_s=usual_s),
         startup_s=_start_s(attempts[0]) if attempts else 0.0,
         restarts_s=sum(map(_start_s, attempts[1:])),
         is_equal=is_equal,
@@ -145,8 +155,10 @@ def steps_lost(attempts: Sequence[Attempt]) -> int:
     return len(done) - len(set(done))
 
 
-def goodput(attempts: Sequence[Attempt]) -> float:
+def goodput(attempts: Sequence[Attempt], *, usual_s: float | None = None) -> float:
     """Seconds of the last time of each step over those of training, with all that lies between.
+
+    A step that a fault has made slow counts for ``usual_s``; without an undisturbed run, for the median of all.
 
     Training begins with the first step, for a job that lasts for weeks starts but once; what faults make it start
     again counts. It ends with the last step or, if the job did not come to its end, with the last launch.
@@ -154,7 +166,8 @@ def goodput(attempts: Sequence[Attempt]) -> float:
     steps = [each for attempt in attempts for each in attempt.steps]
     if not steps:
         return 0.0
-    last = {each.step: each.seconds for each in steps}
+    most_s = statistics.median(each.seconds for each in steps) if usual_s is None else usual_s
+    last = {each.step: min(each.seconds, most_s) for each in steps}
     ended_ns = attempts[-1].ended_ns if attempts[-1].code else max(each.wall_ns for each in steps)
     whole_s = (ended_ns - min(map(_begun_ns, steps))) / 1e9
     return sum(last.values()) / whole_s if whole_s > 0 else 0.0
@@ -174,13 +187,12 @@ def _row(
     plan: FaultPlan,
     number: int,
     victim: int,
-    record: Record | None,
-    hit: Sequence[int],
-    truth: Sequence[Record],
+    fired: Mapping[Key, Record],
+    hits: Mapping[Key, Sequence[int]],
     attempts: Sequence[Attempt],
     detections: Sequence[Detection],
 ) -> FaultScore:
-    fault = plan.faults[number]
+    fault, record = plan.faults[number], fired.get((number, victim))
     if record is None:
         return FaultScore(
             fault=number,
@@ -190,7 +202,7 @@ def _row(
             step=None,
             problems=("it did not fire",),
         )
-    found = _detection(record, hit, truth, detections)
+    found = _detection(record, fired, hits, detections)
     detect_s = (found.wall_ns - record.wall_ns) / 1e9 if found else None
     expect, problems = fault.expect, []
     if expect.incident is not None:
@@ -218,15 +230,32 @@ def _row(
     )
 
 
+def _ranks(plan: FaultPlan, number: int, victim: int, job: JobShape) -> tuple[int, ...]:
+    """Whom a detector may blame for a fault on ``victim``."""
+    fault = plan.faults[number]
+    return (victim,) if KINDS[fault.kind].victim is Victim.RANK else ranks_hit(fault, job)
+
+
 def _detection(
-    record: Record, hit: Sequence[int], truth: Sequence[Record], detections: Sequence[Detection]
+    record: Record,
+    fired: Mapping[Key, Record],
+    hits: Mapping[Key, Sequence[int]],
+    detections: Sequence[Detection],
 ) -> Detection | None:
-    """Who noticed this fault, which has hit some ranks, first."""
+    """Who noticed this fault first; whoever blames a rank means the last fault that has hit it."""
     later = sorted((d for d in detections if d.wall_ns >= record.wall_ns), key=lambda d: d.wall_ns)
-    next_ns = min(
-        (r.wall_ns for r in truth if r.event == FIRED and r.wall_ns > record.wall_ns), default=math.inf
-    )
-    blamed = (d for d in later if set(hit) & set(d.suspects))
+    next_ns = min((r.wall_ns for r in fired.values() if r.wall_ns > record.wall_ns), default=math.inf)
+
+    def is_meant(seen: Detection) -> bool:
+        able = [
+            (r.wall_ns, key)
+            for key, r in fired.items()
+            if r.wall_ns <= seen.wall_ns and set(hits[key]) & set(seen.suspects)
+        ]
+        return bool(able) and max(able)[0] == record.wall_ns
+
+    own = set(hits[record.fault, record.victim])
+    blamed = (d for d in later if own & set(d.suspects) and is_meant(d))
     return next(blamed, next((d for d in later if d.wall_ns < next_ns), None))
 
 

@@ -130,7 +130,7 @@ def _tell(agent: Agent, others: Team, *, options: LaunchOptions, environ: Mappin
     reports = [others.reports[node_rank] for node_rank in sorted(others.reports)]
     knows_all = isinstance(others, Host) or len(others.nodes) == 1 or bool(others.trouble)
     if knows_all and (path := environ.get(REPORT)):
-        _report(Path(path), reports, code=others.code)
+        _report(Path(path), reports, code=others.code, lost=others.lost)
     if others.code > 128 and knows_all:
         agent.say(f"stopped by {signal_name(others.code - 128)}")
     elif others.code and knows_all:
@@ -141,12 +141,13 @@ def _tell(agent: Agent, others: Team, *, options: LaunchOptions, environ: Mappin
         agent.say(f"the job failed: {others.why}; {others.nodes[0]} tells more")
 
 
-def _report(path: Path, reports: Sequence[NodeReport], *, code: int) -> None:
+def _report(path: Path, reports: Sequence[NodeReport], *, code: int, lost: Mapping[int, float]) -> None:
     """The same as JSON, for whoever started the launcher and asked for it; a disk that refuses is no reason to fail."""
     first = first_failure(each for report in reports for each in report.exits)
     told = {
         "code": code,
         "first_failure": asdict(first) if first else None,
+        "lost": [{"node": node, "at": at} for node, at in lost.items()],
         "nodes": [report.to_json() for report in reports],
     }
     try:

@@ -7,6 +7,7 @@ as silence.
 """
 
 import math
+import time
 from collections.abc import Mapping
 
 from .failure import NodeReport, exit_code, first_failure
@@ -20,7 +21,8 @@ class Team:
     """A job of one node: nobody to tell, nobody to wait for. Also what the other kinds have in common.
 
     ``why`` is set when this node has to stop because of another, with ``signum`` if a signal is the reason;
-    ``trouble`` if it is the loss of node 0. ``settled`` means that the verdict ``code`` on the whole job is known.
+    ``trouble`` if it is the loss of node 0. ``lost`` says when which nodes were. ``settled`` means that the verdict
+    ``code`` on the whole job is known.
     """
 
     def __init__(self, links: Mapping[int, Link], *, nodes: tuple[str, ...], node_rank: int) -> None:
@@ -31,6 +33,8 @@ class Team:
         self.settled = False
         self.code = 0
         self.reports: dict[int, NodeReport] = {}
+        self.lost: dict[int, float] = {}
+        """seconds since the epoch by rank"""
         self.nodes = nodes
         self._node_rank = node_rank
         self._heard: dict[int, float] = {}
@@ -101,6 +105,7 @@ class Host(Team):
 
     def _lose(self, node_rank: int) -> None:
         if node_rank not in self.reports:
+            self.lost[node_rank] = time.time()
             self._add(node_rank, NodeReport(trouble=self._lost(node_rank)))
 
     def _add(self, node_rank: int, report: NodeReport) -> None:
@@ -144,6 +149,7 @@ class Member(Team):
 
     def _lose(self, node_rank: int) -> None:
         if not self.settled:
+            self.lost[node_rank] = time.time()
             self.why = self.trouble = self._lost(node_rank)
             self._settle_alone()
 

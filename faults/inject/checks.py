@@ -37,6 +37,10 @@ class JobShape:
         """The node of a rank, where every node has as many."""
         return rank * self.num_nodes // self.world_size
 
+    def ranks_on(self, node: int | None) -> tuple[int, ...]:
+        """The ranks of a node."""
+        return tuple(rank for rank in range(self.world_size) if self.node_of(rank) == node)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -103,7 +107,7 @@ def victims(fault: Fault, job: JobShape) -> tuple[int, ...]:
     """Whom a fault hits: ranks, or nodes where no rank is hit."""
     victim, target = KINDS[fault.kind].victim, fault.target
     if victim is Victim.RANK:
-        return tuple(sorted({*target.ranks, *_ranks_on(job, target.node)}))
+        return tuple(sorted({*target.ranks, *job.ranks_on(target.node)}))
     if victim is Victim.LINK:
         return (target.link[0] if target.link else 0,)
     return (target.node or 0,)
@@ -115,11 +119,7 @@ def ranks_hit(fault: Fault, job: JobShape) -> tuple[int, ...]:
     if victim is Victim.RANK:
         return victims(fault, job)
     nodes = target.link or (target.node or 0,) if victim is Victim.LINK else (target.node or 0,)
-    return tuple(rank for node in sorted(nodes) for rank in _ranks_on(job, node))
-
-
-def _ranks_on(job: JobShape, node: int | None) -> tuple[int, ...]:
-    return tuple(rank for rank in range(job.world_size) if job.node_of(rank) == node)
+    return tuple(rank for node in sorted(nodes) for rank in job.ranks_on(node))
 
 
 # -- one fault -----------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from distrain.faults.inject import FaultPlan
-from distrain.faults.inject.capabilities import probe
+from distrain.faults.inject import FaultPlan, JobShape
+from distrain.faults.inject.capabilities import HINTS, Capabilities, probe
 from helpers.keeper_processes import keepers_of, kill_keepers
 from helpers.runs import write_run
 from helpers.victims import left_groups, wait_until
@@ -186,3 +186,27 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(config: Path, t
     assert code == 3 and not (tmp_path / "out").exists()
     assert "ranks that there are not" in errors and "cannot be injected yet" in errors
     assert "has nothing to hit" in errors and "--netns" in errors
+
+
+PLANS = sorted((Path(__file__).resolve().parents[2] / "examples/drills").glob("*.toml"))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
+def test_every_plan_of_the_library_can_be_carried_out_on_the_example_of_four_ranks(plan: Path) -> None:
+    """Those that need networks say how to get them."""
+    is_apart = "--emulate-nodes 2 --netns" in plan.read_text()
+    job = JobShape(world_size=4, num_nodes=2 if is_apart else 1, steps=12, has_network=is_apart)
+    everything = Capabilities(dict.fromkeys(HINTS, "here"))
+    assert FaultPlan.load(plan, job=job, capabilities=everything).faults
+
+
+def test_a_lost_node_is_noticed_by_the_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    plan = FaultPlan().kill(node=1).at(step=4).expect("crash", suspects=[1], within_s=60.0)
+    words = ["--ranks", "2", "--emulate-nodes", "2", "--no-reference", "--", "0.1"]
+    code, score, errors = drill(tmp_path, plan, str(script), *words)
+    assert code == 0, errors
+    (row,) = score["faults"]
+    assert (row["detected"], row["suspects"], row["source"]) == ("crash", [1], "launcher")
+    assert score["num_launches"] == 2

@@ -119,3 +119,22 @@ def test_a_lost_node_is_noticed_by_whoever_blames_a_rank_of_it() -> None:
     seen = [noticed(12.5, 0), noticed(13, 3)]
     found = score(plan, job, truth=[lost], attempts=[FIRST, SECOND], detections=seen, is_equal=True)
     assert found.faults[0].suspects == (3,) and found.problems == ()
+
+
+def test_a_step_that_a_fault_made_slow_counts_for_what_it_usually_takes() -> None:
+    """Step 3 of ten takes five seconds longer."""
+    steps = [
+        StepDone(step=n, wall_ns=S * (n + 5 * (n >= 3)), seconds=6.0 if n == 3 else 1.0) for n in range(1, 11)
+    ]
+    job = Attempt(began_ns=0, ended_ns=20 * S, code=0, steps=tuple(steps))
+    assert of(FaultPlan(), truth=[], attempts=[job], seen=[]).goodput == 10 / 15
+    known = score(FaultPlan(), JOB, truth=[], attempts=[job], detections=[], is_equal=None, usual_s=0.5)
+    assert known.goodput == 5 / 15
+
+
+def test_a_dead_rank_is_not_taken_for_its_keeper_that_died_before() -> None:
+    plan = FaultPlan().kill(role="keeper").at(step=4).kill(ranks=[1]).at(step=5)
+    keeper = replace(fired(11, victim=0), kind=FaultKind.SIDECAR_KILL)
+    rank = fired(12, fault=1)
+    found = of(plan, truth=[keeper, rank], attempts=[FIRST, SECOND], seen=[noticed(12.5, 1)])
+    assert [row.suspects for row in found.faults] == [(), (1,)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distrain.core.vocabulary import Degrees
+from distrain.core.vocabulary import REPORT, Degrees
 from distrain.planners.parallel_plan import ParallelPlan
 
 pytestmark = pytest.mark.processes
@@ -100,7 +100,7 @@ def test_a_failing_rank_stops_all_nodes(launch: Launch, script: Script, all_gone
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_loss_of_an_agent_stops_all_nodes(
-    victim: int, launch: Launch, script: Script, all_gone: AllGone
+    victim: int, launch: Launch, script: Script, all_gone: AllGone, tmp_path: Path
 ) -> None:
     job = launch(
         "--nproc-per-node",
@@ -108,6 +108,7 @@ def test_the_loss_of_an_agent_stops_all_nodes(
         "--emulate-nodes",
         "2",
         script(f"print('agent', rank, os.getppid())\n{SLEEP}"),
+        env={REPORT: str(tmp_path / "report.json")},
     )
     job.until("pid", times=2)
     agents = {int(rank): int(pid) for rank, pid in re.findall(r"agent (\d) (\d+)", job.out.decode())}
@@ -115,6 +116,7 @@ def test_the_loss_of_an_agent_stops_all_nodes(
     assert job.wait() == 1
     all_gone(job.pids())
     assert f"node{victim} is lost" in job.err
+    assert [each["node"] for each in json.loads((tmp_path / "report.json").read_text())["lost"]] == [victim]
 
 
 def test_ctrl_c_stops_all_nodes(launch: Launch, script: Script, all_gone: AllGone) -> None:
