@@ -18,6 +18,9 @@ as its largest, which is exact but for a layer. Logits exist three times while t
 for each micro-batch in flight. Buffers hold what is on its way: gathered FSDP units, a gradient before it
 joins its bucket, messages between stages, and one layer's backward (a whole stage's where I and W are apart).
 
+Where a group of ranks shares its sequences, each keeps its own tokens: before and after the all-to-all it is as
+many numbers, of some heads of all tokens or of all heads of some.
+
 The host holds processes and the token ids of this step and the next; corpora are memory-mapped. Where the
 device is the CPU, the host holds all of it.
 """
@@ -129,20 +132,23 @@ def estimate(
     dtype: str,
     optimizer: str,
     cluster: ClusterSpec,
+    packed_tokens: int | None = None,
 ) -> MemoryEstimate:
     """Memory of every pipeline rank and of a node, for a layout that ``core.layout.check_layout`` accepts.
 
-    ``micro_batch_size`` is in sequences of ``seq_len`` tokens.
+    ``micro_batch_size`` is in sequences of ``seq_len`` tokens. Where groups of ranks share packed sequences,
+    ``packed_tokens`` says instead how many tokens of a micro-batch one rank has.
     """
     on_cpu = cluster.device.name == "cpu"
     precision = Precision.of(dtype)
-    tokens = micro_batch_size * seq_len
+    tokens = micro_batch_size * seq_len if packed_tokens is None else packed_tokens
     token = token_bytes(shape, tp=degrees.tp, precision=precision, fused_norms=not on_cpu)
     shares = _shares(shape, degrees.tp, degrees.pp, degrees.vpp, schedule)
     depths = depth(schedule, num_ranks=degrees.pp, stages_per_rank=degrees.vpp, micro_batches=micro_batches)
     losses = last_stage_depth(schedule, num_ranks=degrees.pp, micro_batches=micro_batches)
     split_backward = schedule is Schedule.ZBV and degrees.pp > 1
-    mask = seq_len**2 * (1 + precision.compute_bytes) if 0 < shape.window < seq_len else 0
+    has_mask = packed_tokens is None and 0 < shape.window < seq_len
+    mask = seq_len**2 * (1 + precision.compute_bytes) if has_mask else 0
     ranks = []
     for share, in_flight in zip(shares, depths, strict=True):
         output = tokens * token.output * losses * share.is_last

@@ -30,11 +30,10 @@ def train(
       distrain train run.toml --set train.steps=50 --set parallel.tp=4
       distrain train run.toml --dry-run --world-size 1024
     """
-    from distrain.core.checks import check_run
     from distrain.core.errors import ConfigError
     from distrain.core.load import load
     from distrain.launch import run_job
-    from distrain.train.prepare import prepare
+    from distrain.train.prepare import check_all, prepare
 
     if world_size is not None and not dry_run:
         raise ConfigError(
@@ -45,7 +44,7 @@ def train(
     run = load(
         config,
         overrides=overrides or (),
-        check=lambda run: check_run(run, world_size or run.launch.ranks),
+        check=lambda run: check_all(run, world_size or run.launch.ranks),
     ).config
     ranks = world_size or run.launch.ranks
     prepared = prepare(run, world_size=ranks, here=world_size is None)

@@ -14,7 +14,7 @@ from .config import DataConfig, ParallelConfig, RunConfig, flatten
 from .errors import Problem, nearest
 from .layout import check_layout, check_mesh, check_model
 from .timeouts import check_ladder
-from .vocabulary import DEVICES, PRESETS, DataParallel, ModelShape, Schedule
+from .vocabulary import DEVICES, PRESETS, DataParallel, ModelShape, Schedule, Sequences
 
 __all__ = ["BYTE_TOKENS", "CHOICES", "check_layout", "check_run"]
 
@@ -86,14 +86,15 @@ def check_run(config: RunConfig, world_size: int) -> list[Problem]:
     if parallel.schedule is Schedule.INTERLEAVED:  # degrees() drops vpp where pp = 1
         degrees = replace(degrees, vpp=parallel.vpp)
     problems = [*_choices(config), *_ranges(config), *_relations(config), *_folders(config)]
-    problems += check_ladder(config.timeouts)
+    problems += [*check_ladder(config.timeouts), *_sequences(config, degrees.dp)]
     problems += check_mesh(
         degrees,
         schedule=parallel.schedule,
         data=parallel.data,
-        micro_batches=parallel.micro_batches,
+        micro_batches=parallel.drawn_micro_batches,
         global_batch=data.global_batch,
         world_size=world_size,
+        sequence_degree=parallel.group_degree,
     )
     if config.model.preset in PRESETS:
         shape = config.model.shape()
@@ -162,6 +163,88 @@ def _relations(config: RunConfig) -> Iterator[Problem]:
             "0, or data = hsdp",
             "--set parallel.hsdp_shard=0",
         )
+
+
+def _sequences(config: RunConfig, dp: int) -> Iterator[Problem]:
+    """What ranks that share sequences need, and what the chosen way of it does not use."""
+    parallel = config.parallel
+    kind, degree, ring = parallel.sequence, parallel.sequence_degree, parallel.sequence_ring
+    is_static = kind not in (Sequences.NONE, Sequences.ADAPTIVE)
+    if parallel.auto and kind is not Sequences.NONE:
+        yield Problem(
+            "the planner of layouts does not plan for shared sequences",
+            f'parallel = "auto", sequence = {kind}',
+            "parallel.sequence = none, or a layout of one's own",
+            "--set parallel.auto=false",
+        )
+        return
+    unused = {
+        "sequence_degree": (0, "", is_static),
+        "sequence_ring": (0, "", kind is Sequences.USP),
+        "sequence_cost": ("", "", kind is Sequences.ADAPTIVE),
+        "micro_batches": (1, ": its plans decide", kind is not Sequences.ADAPTIVE),
+    }
+    for name, (default, why, is_used) in unused.items():
+        value = getattr(parallel, name)
+        if value != default and not is_used:
+            yield Problem(
+                f"parallel.{name} is not used by sequence = {kind}{why}",
+                f"{name} = {value}",
+                f"{default!r}",
+                f"--set parallel.{name}={default}",
+            )
+    if kind is Sequences.ADAPTIVE:
+        yield from _adaptive(config)
+    elif is_static:
+        known = config.model.preset in PRESETS
+        num_heads = config.model.shape().num_heads // max(1, parallel.tp) if known else dp
+        yield from _groups(kind, degree, ring, dp=dp, num_heads=num_heads)
+
+
+def _adaptive(config: RunConfig) -> Iterator[Problem]:
+    if not config.parallel.sequence_cost:
+        yield Problem(
+            "parallel.sequence_cost is missing",
+            "sequence = adaptive",
+            "a file that `distrain doctor --profile` has written, or 7b, 13b, 30b",
+            "--set parallel.sequence_cost=FILE",
+        )
+    if config.data.packing != "documents":
+        yield Problem(
+            "windows of one length leave nothing to adapt to",
+            f"data.packing = {config.data.packing}, sequence = adaptive",
+            "documents",
+            "--set data.packing=documents",
+        )
+
+
+def _groups(kind: Sequences, degree: int, ring: int, *, dp: int, num_heads: int) -> Iterator[Problem]:
+    """Groups of one size that the replicas or the heads cannot be shared out by."""
+    divisors = [size for size in range(2, min(dp, 65_536) + 1) if dp % size == 0]
+    if degree not in divisors:
+        yield Problem(
+            "parallel.sequence_degree does not divide dp into groups",
+            f"sequence_degree = {degree}, dp = {dp}",
+            ", ".join(map(str, divisors)) or "a dp of 2 or more",
+            f"--set parallel.sequence_degree={divisors[-1]}" if divisors else "--set parallel.sequence=none",
+        )
+    elif ring and (ring < 2 or degree % ring):
+        rings = [size for size in range(2, degree + 1) if degree % size == 0]
+        yield Problem(
+            "parallel.sequence_ring does not divide parallel.sequence_degree",
+            f"sequence_ring = {ring}, sequence_degree = {degree}",
+            f"0, {', '.join(map(str, rings))}",
+            f"--set parallel.sequence_ring={rings[0]}",
+        )
+    else:
+        ulysses = degree if kind is Sequences.ULYSSES else degree // ring if ring else 1
+        if ulysses > num_heads:
+            yield Problem(
+                "there are more ranks than heads to share",
+                f"{ulysses} ranks, {num_heads} heads on each rank of tensor parallelism",
+                f"at most {num_heads}",
+                "--set parallel.sequence=usp, whose ring takes the rest",
+            )
 
 
 def _folders(config: RunConfig) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ whether the values can work together. Every field carries its documentation as t
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from distrain.core.vocabulary import PRESETS, DataParallel, Degrees, ModelShape, Schedule
+from distrain.core.vocabulary import PRESETS, DataParallel, Degrees, ModelShape, Schedule, Sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,14 @@ class ParallelConfig:
     """what replicas share: ddp, zero1, fsdp2, hsdp"""
     hsdp_shard: int = 0
     """ranks of one sharding group, for data = hsdp"""
+    sequence: Sequences = Sequences.NONE
+    """how data-parallel ranks share sequences: none, ulysses, ring, usp, or adaptive: planned for each batch"""
+    sequence_degree: int = 0
+    """ranks of one sequence group, for sequence = ulysses, ring, usp"""
+    sequence_ring: int = 0
+    """of these, ranks of one ring, for sequence = usp; 0 takes those that the heads leave over"""
+    sequence_cost: str = ""
+    """cost model of the plans, for sequence = adaptive: a file of `distrain doctor --profile`, or 7b, 13b, 30b"""
 
     def degrees(self, world_size: int) -> Degrees:
         """Degrees on ``world_size`` ranks; a dp of 0 is filled in (rounded down: ``checks`` refuses a rest)."""
@@ -92,6 +100,18 @@ class ParallelConfig:
         shard = {DataParallel.FSDP2: dp, DataParallel.HSDP: self.hsdp_shard}.get(self.data, 1)
         vpp = {Schedule.ZBV: 2, Schedule.INTERLEAVED: self.vpp}.get(self.schedule, 1) if self.pp > 1 else 1
         return Degrees(tp=self.tp, pp=self.pp, dp=dp, vpp=vpp, dp_shard=shard)
+
+    @property
+    def drawn_micro_batches(self) -> int:
+        """Micro-batches for which a schedule is drawn: where plans decide, any number that it allows."""
+        return self.pp if self.sequence is Sequences.ADAPTIVE else self.micro_batches
+
+    @property
+    def group_degree(self) -> int | None:
+        """Ranks that share each sequence; None where plans decide."""
+        if self.sequence is Sequences.ADAPTIVE:
+            return None
+        return 1 if self.sequence is Sequences.NONE else max(1, self.sequence_degree)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,12 @@ def check_layout(
     global_batch: int,
     seq_len: int,
     world_size: int,
+    sequence_degree: int | None = 1,
 ) -> list[Problem]:
-    """Everything that keeps a model of this shape from training under this layout on ``world_size`` ranks."""
+    """Everything that keeps a model of this shape from training under this layout on ``world_size`` ranks.
+
+    ``sequence_degree`` replicas share each sequence; None if plans decide which do.
+    """
     return [
         *check_mesh(
             degrees,
@@ -38,6 +42,7 @@ def check_layout(
             micro_batches=micro_batches,
             global_batch=global_batch,
             world_size=world_size,
+            sequence_degree=sequence_degree,
         ),
         *check_model(shape, degrees, schedule=schedule, seq_len=seq_len),
     ]
@@ -60,6 +65,7 @@ def check_mesh(
     micro_batches: int,
     global_batch: int,
     world_size: int,
+    sequence_degree: int | None = 1,
 ) -> list[Problem]:
     """The part of ``check_layout`` that needs no model: ranks, schedule, batch, sharding groups."""
     sizes = {
@@ -75,7 +81,7 @@ def check_mesh(
         *_too_small(sizes),
         *_ranks(degrees, world_size),
         *_schedule(degrees, schedule, micro_batches),
-        *_batch(degrees.dp, micro_batches, global_batch),
+        *(_batch(degrees.dp, sequence_degree, micro_batches, global_batch) if sequence_degree else ()),
         *_sharding(degrees, data),
     ]
 
@@ -120,10 +126,14 @@ def _schedule(degrees: Degrees, schedule: Schedule, micro_batches: int) -> Itera
         )
 
 
-def _batch(dp: int, micro_batches: int, global_batch: int) -> Iterator[Problem]:
-    """A step whose sequences do not come out even over replicas and micro-batches."""
-    if min(dp, micro_batches) >= 1 and not _divides(dp * micro_batches, global_batch):
-        yield _not_multiple("data.global_batch", global_batch, "dp x micro_batches", dp * micro_batches)
+def _batch(dp: int, sequence_degree: int, micro_batches: int, global_batch: int) -> Iterator[Problem]:
+    """A step whose sequences do not come out even over replicas, or groups of them, and micro-batches."""
+    places = dp // sequence_degree
+    if min(places, micro_batches) >= 1 and not _divides(places * micro_batches, global_batch):
+        unit = "dp" if sequence_degree == 1 else "dp / sequence_degree"
+        yield _not_multiple(
+            "data.global_batch", global_batch, f"{unit} x micro_batches", places * micro_batches
+        )
 
 
 def _sharding(degrees: Degrees, data: DataParallel) -> Iterator[Problem]:

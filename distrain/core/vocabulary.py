@@ -99,6 +99,21 @@ class DataParallel(StrEnum):
     HSDP = "hsdp"
 
 
+class Sequences(StrEnum):
+    """How data-parallel ranks share the tokens of sequences, as ``parallel.sequence`` names it."""
+
+    NONE = "none"
+    """they do not: each replica has its own sequences"""
+    ULYSSES = "ulysses"
+    """groups of one size, whose ranks share the heads during attention"""
+    RING = "ring"
+    """groups of one size, among whose ranks keys and values go round"""
+    USP = "usp"
+    """both: rings of ranks that share the heads"""
+    ADAPTIVE = "adaptive"
+    """groups of the sizes that a plan finds for each batch"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Degrees:
     """Sizes of the mesh axes; ``world_size`` is their product. Ranks count tp fastest, then dp, then pp."""

@@ -4,7 +4,7 @@ A hook is anything with some of these methods; the built-in ones print, draw a p
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,22 @@ from .state import TrainState
 
 if TYPE_CHECKING:
     from .loop import Trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceReport:
+    """How the ranks shared the sequences of a step."""
+
+    groups: str
+    """sizes of the groups of each micro-batch"""
+    predicted_ms: float
+    """by the cost model; 0 without one"""
+    measured_ms: float
+    """until every rank had the gradients"""
+    gap: float
+    """of the plan to its bound"""
+    note: str
+    """why the plan is not the planner's; empty if it is"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +57,8 @@ class StepReport:
     """achieved over peak FLOP/s of all devices"""
     peak_memory_bytes: int
     """of this rank"""
+    sequences: SequenceReport | None = None
+    """where groups of ranks share them"""
 
 
 class Hook:
@@ -73,6 +91,8 @@ class WriteEvents(Hook):
         """One scalar a number of the report."""
         for name in ("loss", "grad_norm", "lr", "tokens_per_s", "mfu", "peak_memory_bytes", "seconds"):
             self._events.scalar(name, getattr(report, name), step=report.step)
+        if report.sequences is not None:
+            self._events.event("sequences", step=report.step, **asdict(report.sequences))
 
     def on_validation(self, trainer: "Trainer", *, step: int, loss: float) -> None:
         """The validation loss."""
@@ -141,6 +161,7 @@ class Narrate(Hook):
         self._num_tokens = 0
         self._seconds = 0.0
         self._last: StepReport | None = None
+        self._note = ""
 
     def on_start(self, trainer: "Trainer") -> None:
         """Print the layout."""
@@ -162,8 +183,12 @@ class Narrate(Hook):
             self._console.print(
                 f"step {report.step:>6}  loss {report.loss:7.4f}  norm {report.grad_norm:6.2f}  lr {report.lr:.2e}"
                 f"  {report.tokens_per_s:>9,.0f} tokens/s  MFU {report.mfu:5.1%}"
-                f"  {report.peak_memory_bytes / 2**20:,.0f} MiB"
+                f"  {report.peak_memory_bytes / 2**20:,.0f} MiB{_sequence_words(report.sequences)}"
             )
+        if report.sequences is not None and report.sequences.note != self._note:
+            self._note = report.sequences.note
+            said = f"one degree for all groups: {self._note}" if self._note else "the planner's groups again"
+            self._console.print(f"step {report.step:>6}  {said}")
 
     def on_validation(self, trainer: "Trainer", *, step: int, loss: float) -> None:
         """One line."""
@@ -179,3 +204,13 @@ class Narrate(Hook):
                 f" {self._num_tokens:,} tokens, {self._num_tokens / self._seconds:,.0f} tokens/s"
                 f"; events in {trainer.config.run_dir}/events.jsonl"
             )
+
+
+def _sequence_words(sequences: SequenceReport | None, *, most: int = 8) -> str:
+    """Groups and times for a line of the log, of a few micro-batches at the most."""
+    if sequences is None:
+        return ""
+    groups = sequences.groups.split(" | ")
+    shown = " | ".join(groups[:most]) + (f" | {len(groups) - most} more" if len(groups) > most else "")
+    predicted = f", predicted {sequences.predicted_ms:,.0f} ms" if sequences.predicted_ms else ""
+    return f"  groups {shown}{predicted}, took {sequences.measured_ms:,.0f} ms"

@@ -7,7 +7,7 @@ same numbers; only what hooks do with them differs between ranks.
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from distrain.planners.parallel_plan import ParallelPlan
 from .assembly import assemble
 from .data.batches import BatchStream, GlobalBatch, total_tokens
 from .data.corpus import Corpus, Split, open_corpus
-from .data.micro import collate, split
 from .data.prefetch import Prefetcher
-from .hooks import Hook, StepReport
+from .hooks import Hook, SequenceReport, StepReport
 from .optim import build_optimizer, learning_rate
+from .sequences.plans import AHEAD
+from .sequences.settings import SequenceSettings
+from .sequences.shares import Share, build_shares
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """of weights and gradients, by ``train.dtype``: bfloat16 means autocast around float32 weights"""
@@ -49,6 +51,7 @@ class Trainer:
         self.config, self.plan, self.parallel, self.hooks = config, plan, parallel, hooks
         self.shape = config.model.shape()
         self.step = 0
+        self._computing_ms: float | None = None  # of the last step
         self.is_stopped = False
         """whether somebody has asked to end before the last step"""
         self._should_stop = should_stop
@@ -70,6 +73,7 @@ class Trainer:
             seed=config.seed,
             dtype=dtype,
         )
+        self.shares = build_shares(config, plan, parallel)
         self.optimizer = build_optimizer(
             self.assembly.data.shards,
             config.optimizer,
@@ -81,12 +85,14 @@ class Trainer:
         """Train up to ``train.steps`` or a request to stop, validating as often as asked and at the end."""
         self._tell("on_start")
         every = self.config.train.eval_every or self.config.train.steps
-        with Prefetcher(self.train_stream, partial(self._share, self.train_stream)) as batches:
+        self._expect()
+        with Prefetcher(self.train_stream, self._prepare) as batches, closing(self.shares):
             while not self.is_done:
                 start = time.perf_counter()
                 batch, share = batches.next()
-                loss, norm = self.train_step(share, num_tokens=total_tokens(batch))
-                self._tell("on_step", self._report(batch, loss, norm, time.perf_counter() - start))
+                self._expect()
+                loss, norm = self.train_step(self.shares.ready(share), num_tokens=total_tokens(batch))
+                self._tell("on_step", self._report(batch, share, loss, norm, time.perf_counter() - start))
                 if self.step % every == 0 or self.step == self.config.train.steps:
                     self._tell("on_validation", step=self.step, loss=self.validate())
         self._tell("on_end")
@@ -99,7 +105,10 @@ class Trainer:
     def train_step(self, share: Sequence[MicroBatch], *, num_tokens: int) -> tuple[float, float]:
         """One optimizer step on this rank's micro-batches; mean loss and gradient norm of the whole batch."""
         hit("train.step", step=self.step + 1)
+        start, end = (self.parallel.device.event(timing=True) for _ in range(2))
+        start.record()
         data, optimizer = self.assembly.data, self.config.optimizer
+        data.begin(len(share))
         rate = learning_rate(self.step, optimizer, num_steps=self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -112,6 +121,7 @@ class Trainer:
         loss, square, stops = self._sum_over_ranks(
             losses, squared_norms(gradients, copies), self._zero + self._should_stop()
         )
+        end.record()
         norm = square.sqrt()
         if optimizer.clip:
             clip_(data.shards, norm, largest=optimizer.clip)
@@ -119,16 +129,18 @@ class Trainer:
         data.updated()
         self.step += 1
         self.is_stopped = bool(stops)
+        self._computing_ms = start.elapsed_time(end)
         return loss.item(), norm.item()
 
     def validate(self) -> float:
         """Mean loss over the held-out sequences, in nats a token; the same sequences each time."""
         total, num_tokens = 0.0, 0
-        for ahead in range(-(-self.config.train.eval_sequences // self.config.data.global_batch)):
+        for ahead in range(self._validation_batches):
             batch = self.validation_stream.peek(ahead)
+            share = self.shares.prepare("held_out", self.validation_stream, batch)
             with self._precision(), loss_context(self.plan.degrees.tp):
                 self.assembly.loss.num_tokens = 1
-                losses = self.assembly.runtime.evaluate(self._share(self.validation_stream, batch))
+                losses = self.assembly.runtime.evaluate(self.shares.ready(share))
             (loss,) = self._sum_over_ranks(losses)
             total, num_tokens = total + loss.item(), num_tokens + total_tokens(batch)
         return total / num_tokens
@@ -136,12 +148,15 @@ class Trainer:
     def describe(self) -> list[str]:
         """The layout in a few lines."""
         plan, degrees, shape, data = self.plan, self.plan.degrees, self.shape, self.config.data
+        settings = SequenceSettings.of(self.config, plan)
+        micro_batches = "planned" if settings and settings.cost else str(plan.micro_batches)
         return [
             f"model    {self.config.model.preset}: {shape.num_params / 1e6:,.2f} M parameters,"
             f" {shape.num_layers} layers, d {shape.d_model}, {shape.num_heads} heads,"
             f" {shape.num_kv_heads} KV heads, vocabulary {shape.vocab_size}",
             f"layout   {plan.world_size} ranks = tp {degrees.tp} x pp {degrees.pp} x dp {degrees.dp} ({plan.data}),"
-            f" {plan.schedule}, {degrees.num_stages} stages, {plan.micro_batches} micro-batches",
+            f" {plan.schedule}, {degrees.num_stages} stages, {micro_batches} micro-batches",
+            *([f"sequence {settings.describe()}"] if settings else []),
             f"data     {data.source}: {self.train_stream.num_sequences:,} sequences of up to {data.seq_len} tokens,"
             f" {data.global_batch} a step",
         ]
@@ -157,20 +172,21 @@ class Trainer:
             split=part,
         )
 
-    def _share(self, stream: BatchStream, batch: GlobalBatch) -> list[MicroBatch]:
-        """This rank's micro-batches, with tokens where its stages need them and the shapes of all."""
-        degrees, device = self.plan.degrees, self.parallel.device.torch_device
-        dealt = split(batch, dp=degrees.dp, micro_batches=self.plan.micro_batches, multiple_of=degrees.tp)
-        share = []
-        for replicas in dealt:
-            mine = replicas[self.parallel.coordinates["dp"]]
-            arrays = collate(stream.fetch(mine.ids), padded_len=mine.padded_len)
-            inputs, targets = (torch.from_numpy(array).to(device) for array in arrays)
-            share.append(
-                MicroBatch(inputs, targets, (mine.rows, mine.padded_len // degrees.tp, self.shape.d_model))
-            )
-        if stream is self.train_stream:
-            hit("train.data", step=batch.step + 1, inputs=[m.inputs for m in share if m.inputs is not None])
+    @property
+    def _validation_batches(self) -> int:
+        return -(-self.config.train.eval_sequences // self.config.data.global_batch)
+
+    def _expect(self) -> None:
+        """Let plans be made of what comes: some steps ahead, and of validation, which is always the same."""
+        self.shares.expect("train", self.train_stream, num_batches=AHEAD)
+        if self._computing_ms is None:
+            self.shares.expect("held_out", self.validation_stream, num_batches=self._validation_batches)
+
+    def _prepare(self, batch: GlobalBatch) -> Share:
+        """This rank's share of a training batch, in the thread that reads ahead."""
+        share = self.shares.prepare("train", self.train_stream, batch)
+        inputs = [m.inputs for m in share.micro_batches if m.inputs is not None]
+        hit("train.data", step=batch.step + 1, inputs=inputs)
         return share
 
     def _precision(self) -> torch.autocast:
@@ -184,9 +200,15 @@ class Trainer:
         dist.all_reduce(totals)
         return totals.unbind()
 
-    def _report(self, batch: GlobalBatch, loss: float, norm: float, seconds: float) -> StepReport:
+    def _report(
+        self, batch: GlobalBatch, share: Share, loss: float, norm: float, seconds: float
+    ) -> StepReport:
         num_tokens = total_tokens(batch)
-        flops = num_tokens * self.shape.flops_per_token(self.config.data.seq_len)
+        lengths, counts = np.unique(batch.lengths, return_counts=True)
+        flops = sum(
+            length * count * self.shape.flops_per_token(length)
+            for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)
+        )
         return StepReport(
             step=self.step,
             loss=loss,
@@ -197,6 +219,19 @@ class Trainer:
             tokens_per_s=num_tokens / seconds,
             mfu=flops / seconds / self._peak_flops,
             peak_memory_bytes=self.parallel.device.peak_memory_bytes(),
+            sequences=self._sequence_report(share),
+        )
+
+    def _sequence_report(self, share: Share) -> SequenceReport | None:
+        planned = share.planned
+        if planned is None or self._computing_ms is None:
+            return None
+        return SequenceReport(
+            groups=planned.groups(),
+            predicted_ms=planned.predicted_ms(pp=self.plan.degrees.pp),
+            measured_ms=self._computing_ms,
+            gap=planned.plan.gap,
+            note=planned.note,
         )
 
     def _tell(self, method: str, *args: object, **kwargs: object) -> None:

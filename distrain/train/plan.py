@@ -11,6 +11,7 @@ from distrain.planners.parallel_plan import ParallelPlan
 from distrain.planners.parallelism import choose
 
 from .machine import Machine
+from .sequences.settings import check_sequences
 
 
 def layout_of(config: RunConfig, world_size: int, *, cluster: ClusterSpec) -> ParallelPlan:
@@ -30,7 +31,7 @@ def layout_of(config: RunConfig, world_size: int, *, cluster: ClusterSpec) -> Pa
         degrees=parallel.degrees(world_size),
         schedule=parallel.schedule,
         data=parallel.data,
-        micro_batches=parallel.micro_batches,
+        micro_batches=parallel.drawn_micro_batches,
     )
 
 
@@ -57,6 +58,7 @@ def plan_of_job(config: RunConfig) -> ParallelPlan:
         global_batch=config.data.global_batch,
         seq_len=config.data.seq_len,
         world_size=world_size,
+        sequence_degree=config.parallel.group_degree,
     )
-    raise_if(problems)
+    raise_if([*problems, *check_sequences(config, world_size)])
     return plan

@@ -11,13 +11,14 @@ from typing import Any
 
 from distrain.core.checks import check_run
 from distrain.core.config import RunConfig, nested
-from distrain.core.errors import raise_if
+from distrain.core.errors import Problem, raise_if
 from distrain.planners.memory import MemoryEstimate, estimate, gib
 from distrain.planners.parallel_plan import ParallelPlan
 from distrain.planners.stages import stage_layers, stage_params
 
 from .machine import Machine
 from .plan import layout_of
+from .sequences.settings import SequenceSettings, check_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Prepared:
     plan: ParallelPlan
     machine: Machine
     memory: MemoryEstimate
+    sequences: SequenceSettings | None
 
     @property
     def plan_path(self) -> Path:
@@ -51,12 +53,14 @@ class Prepared:
             "memory": asdict(self.memory),
             "cluster": asdict(self.machine.cluster),
             "assumed": list(self.machine.assumed),
+            "sequence": asdict(self.sequences) if self.sequences else None,
         }
 
     def describe(self) -> list[str]:
         """The same for people."""
         shape, degrees, plan = self.config.model.shape(), self.plan.degrees, self.plan
         cluster, per_stage = self.machine.cluster, self._stage_params()
+        micro_batches = "planned" if self.sequences and self.sequences.cost else str(plan.micro_batches)
         worst = self.memory.ranks[self.memory.worst_rank]
         parts = {
             "parameters": worst.parameters_bytes,
@@ -70,7 +74,8 @@ class Prepared:
             f"model    {shape.num_params:,} parameters, {shape.num_layers} layers, d {shape.d_model};"
             f" {min(per_stage):,} to {max(per_stage):,} a stage, {max(per_stage) // degrees.tp:,} a rank and stage",
             f"layout   {plan.world_size} ranks = tp {degrees.tp} x pp {degrees.pp} x dp {degrees.dp}, {plan.schedule},"
-            f" {degrees.vpp} stages a rank, {plan.micro_batches} micro-batches, {plan.data}",
+            f" {degrees.vpp} stages a rank, {micro_batches} micro-batches, {plan.data}",
+            *([f"sequence {self.sequences.describe()}"] if self.sequences else []),
             f"cluster  {cluster.num_nodes} nodes x {cluster.devices_per_node} {cluster.device.name}",
             f"device   {gib(self.memory.peak_bytes)} of {gib(self.memory.device_limit_bytes)} on the worst rank: "
             + ", ".join(f"{name} {gib(size)}" for name, size in parts.items()),
@@ -91,10 +96,13 @@ def prepare(config: RunConfig, *, world_size: int, here: bool) -> Prepared:
         ConfigError: everything that is impossible, at once, a lack of memory included.
         InfeasibleError: ``parallel = "auto"`` and no layout fits.
     """
-    raise_if(check_run(config, world_size))
+    raise_if(check_all(config, world_size))
     machine = Machine.of(config, world_size=world_size, here=here)
     plan = layout_of(config, world_size, cluster=machine.cluster)
-    data = config.data
+    sequences, data = SequenceSettings.of(config, plan), config.data
+    # What is planned step by step counts as so many micro-batches that the pipeline is full and gradients add up.
+    is_planned = sequences is not None and sequences.cost is not None
+    micro_batches = max(2, plan.degrees.pp) if is_planned else plan.micro_batches
     memory = estimate(
         config.model.shape(),
         plan.degrees,
@@ -102,10 +110,16 @@ def prepare(config: RunConfig, *, world_size: int, here: bool) -> Prepared:
         data=plan.data,
         micro_batch_size=data.global_batch // (plan.degrees.dp * plan.micro_batches),
         seq_len=data.seq_len,
-        micro_batches=plan.micro_batches,
+        micro_batches=micro_batches,
         dtype=config.train.dtype,
         optimizer=config.optimizer.name,
         cluster=machine.cluster,
+        packed_tokens=sequences.packed_tokens(data, micro_batches=micro_batches) if sequences else None,
     )
     raise_if(memory.problems())
-    return Prepared(config, plan, machine, memory)
+    return Prepared(config, plan, machine, memory, sequences)
+
+
+def check_all(config: RunConfig, world_size: int) -> list[Problem]:
+    """Everything that keeps ``config`` from running on ``world_size`` ranks, files that it names included."""
+    return [*check_run(config, world_size), *check_sequences(config, world_size)]

@@ -11,8 +11,8 @@ the same plan. ``SequenceGroups`` makes the process groups when a plan first ask
 members make a group or give it up, so all of them must decide alike: each rank follows the groups of *all* slots
 through the same plans and drops the same ones, the longest unused of a slot that has too many.
 
-An idle slot computes a few tokens without loss, since it must still enter whatever all replicas do together: the
-gathers and reductions of FSDP2, and the counting of gradients.
+An idle slot computes a few tokens without loss, since it must still enter whatever all replicas do together, such as
+the gathers of FSDP2, and pass through the same schedule of a pipeline. Where there is neither, it does nothing.
 """
 
 from collections import Counter
@@ -77,12 +77,17 @@ def places(
     split: Split,
     multiple_of: int = 1,
     in_multiples: int = 1,
+    skip_idle: bool = False,
 ) -> list[Place]:
     """Where ``slot`` stands in each micro-batch of ``plan``; all idle ones are added until ``in_multiples`` divides.
 
-    ``lengths`` are those that were planned. A rank's tokens are padded to a multiple of ``multiple_of``.
+    ``lengths`` are those that were planned. A rank's tokens are padded to a multiple of ``multiple_of``. With
+    ``skip_idle`` micro-batches in which the slot is idle are left out, but for one if they are all, so that slots
+    have different numbers of them: where nothing else keeps them in step.
     """
     found = [_place(groups, lengths, slot, split, multiple_of) for groups in plan.microbatches]
+    if skip_idle:
+        found = [place for place in found if place.sequences] or found[:1]
     return found + [_idle(slot, multiple_of)] * (-len(found) % in_multiples)
 
 

@@ -1,0 +1,228 @@
+"""Times micro-batches on groups of every degree: ``python -m distrain.train.sequences.measure CONFIG OUT [LONGEST]``.
+
+One rank of a job that computes what training computes, on random tokens: the same stages, groups and kernels. A sample
+is what one more micro-batch adds to a step, so that what a step costs whatever is in it (reductions, the pipeline's
+ends) drops out::
+
+    few  = a step of n micro-batches,  many = a step of 3 n        n = 1; with a pipeline its depth
+    sample = (many - few) / 2 n                                    medians of rounds in which all shapes take turns
+"""
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date, timedelta
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from distrain.core.config import RunConfig
+from distrain.core.load import load
+from distrain.parallel import MicroBatch, Parallel, init
+from distrain.parallel.sequence.adaptive import SequenceGroups, places
+from distrain.parallel.sequence.layout import usp_degrees
+from distrain.parallel.tensor import loss_context
+from distrain.planners.memory import USABLE, estimate
+from distrain.planners.parallel_plan import ParallelPlan
+from distrain.planners.sequence.fit import Sample
+from distrain.planners.sequence.step_plan import SequenceGroup, StepPlan
+from distrain.train.assembly import assemble
+from distrain.train.loop import DTYPES
+from distrain.train.machine import Machine
+from distrain.train.plan import plan_of_job
+
+from .profile import Profile, degrees, shapes
+
+ROUNDS = 5
+
+
+class Bench:
+    """The model of one rank, and how long micro-batches take on it."""
+
+    def __init__(self, config: RunConfig, plan: ParallelPlan, parallel: Parallel) -> None:
+        """All ranks make one at the same time."""
+        self._config, self._plan, self._parallel = config, plan, parallel
+        self._shape = config.model.shape()
+        self._num_slots = plan.degrees.dp
+        self._few = plan.degrees.pp
+        self._random = random.Random(config.seed)
+        self._assembly = assemble(
+            self._shape,
+            parallel,
+            schedule=plan.schedule,
+            data=plan.data,
+            micro_batches=self._few,
+            seed=config.seed,
+            dtype=DTYPES[config.train.dtype],
+        )
+        heads = self._shape.num_heads // plan.degrees.tp
+        self._split = lambda degree: usp_degrees(degree, num_heads=heads)
+        self._groups = SequenceGroups(
+            dist.get_process_group_ranks(parallel.groups.axis("dp")),
+            slot=parallel.coordinates["dp"],
+            groups=parallel.groups,
+            split=self._split,
+            window=self._shape.window,
+            device=parallel.device.torch_device,
+        )
+
+    def sample_ms(self, lengths: tuple[int, ...], degree: int) -> float:
+        """What one micro-batch takes in which every group of ``degree`` has sequences of these ``lengths``."""
+        few, many = (self._step_ms(lengths, degree, count * self._few) for count in (1, 3))
+        return (many - few) / (2 * self._few)
+
+    def peak_bytes(self, num_tokens: int) -> int:
+        """Memory of a device while each rank computes one sequence of ``num_tokens``.
+
+        Of a CPU it is estimated: what a process holds says little of its tensors.
+        """
+        device = self._parallel.device
+        if device.torch_device.type == "cpu":
+            return self._estimated_bytes(num_tokens)
+        device.reset_peak_memory()
+        self._step_ms((num_tokens,), 1, self._few)
+        return device.peak_memory_bytes()
+
+    def _step_ms(self, lengths: tuple[int, ...], degree: int, num_micro_batches: int) -> float:
+        """A step of equal micro-batches; the slowest rank counts."""
+        micro_batches = self._micro_batches(lengths, degree, num_micro_batches)
+        self._assembly.data.begin(num_micro_batches)
+        self._assembly.loss.num_tokens = sum(lengths)
+        dist.barrier()
+        self._parallel.device.synchronize()
+        start = time.perf_counter()
+        with self._precision(), loss_context(self._plan.degrees.tp):
+            self._assembly.runtime.step(micro_batches)
+        self._assembly.data.reduce()
+        self._parallel.device.synchronize()
+        took = torch.tensor(
+            1e3 * (time.perf_counter() - start),
+            dtype=torch.float64,
+            device=self._parallel.device.torch_device,
+        )
+        self._assembly.data.updated()
+        dist.all_reduce(took, op=dist.ReduceOp.MAX)
+        return float(took)
+
+    def _micro_batches(self, lengths: tuple[int, ...], degree: int, count: int) -> list[MicroBatch]:
+        plan, every = _plan(lengths, degree, count, num_slots=self._num_slots)
+        tp = self._plan.degrees.tp
+        mine = places(plan, every, slot=self._parallel.coordinates["dp"], split=self._split, multiple_of=tp)
+        rows = self._groups.rows(plan, mine)
+        found = []
+        for place, row in zip(mine, rows, strict=True):
+            num_local = place.layout.num_local
+            ids = [self._random.randrange(self._shape.vocab_size) for _ in range(num_local)]
+            tokens = torch.tensor([ids], device=self._parallel.device.torch_device)
+            found.append(MicroBatch(tokens, tokens, (1, num_local // tp, self._shape.d_model), packed=row))
+        return found
+
+    def _precision(self) -> torch.autocast:
+        enabled = self._config.train.dtype == "bfloat16"
+        return torch.autocast(self._parallel.device.torch_device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _estimated_bytes(self, num_tokens: int) -> int:
+        machine = Machine.of(self._config, world_size=self._plan.world_size, here=True)
+        return estimate(
+            self._shape,
+            self._plan.degrees,
+            schedule=self._plan.schedule,
+            data=self._plan.data,
+            micro_batch_size=1,
+            seq_len=num_tokens,
+            micro_batches=self._few,
+            dtype=self._config.train.dtype,
+            optimizer=self._config.optimizer.name,
+            cluster=machine.cluster,
+            packed_tokens=num_tokens,
+        ).peak_bytes
+
+
+def measure(config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, longest: int) -> Profile:
+    """Time everything; the same profile on every rank."""
+    bench = Bench(config, plan, parallel)
+    wanted = [(lengths, degree) for degree in degrees(plan.degrees.dp) for lengths in shapes(longest)]
+    taken: list[list[float]] = [[] for _ in wanted]
+    with _progress(parallel.rank, total=(1 + ROUNDS) * len(wanted)) as advance:
+        for round_number in range(1 + ROUNDS):  # the first warms up
+            for times, (lengths, degree) in zip(taken, wanted, strict=True):
+                ms = bench.sample_ms(lengths, degree)
+                if round_number:
+                    times.append(ms)
+                advance()
+        memory = [(tokens, bench.peak_bytes(tokens)) for tokens in (longest // 4, longest // 2, longest)]
+    samples = [
+        Sample(lengths, degree, max(median(times), 1e-6))
+        for times, (lengths, degree) in zip(taken, wanted, strict=True)
+    ]
+    machine = Machine.of(config, world_size=plan.world_size, here=True)
+    return Profile(
+        samples=tuple(samples),
+        memory=tuple(memory),
+        limit_bytes=int(USABLE * machine.cluster.device.memory_bytes),
+        device=f"{plan.world_size} x {machine.cluster.device.name}",
+        date=date.today().isoformat(),
+    )
+
+
+def _plan(lengths: tuple[int, ...], degree: int, count: int, *, num_slots: int) -> tuple[StepPlan, list[int]]:
+    """``count`` micro-batches in which every group of ``degree`` has sequences of ``lengths``, and all lengths."""
+    per_batch = num_slots // degree
+    batches = []
+    for batch in range(count):
+        groups = []
+        for group in range(per_batch):
+            first = (batch * per_batch + group) * len(lengths)
+            slots = tuple(range(group * degree, (group + 1) * degree))
+            groups.append(SequenceGroup(slots, tuple(range(first, first + len(lengths))), 0.0))
+        batches.append(tuple(groups))
+    plan = StepPlan(
+        microbatches=tuple(batches),
+        num_slots=num_slots,
+        schedule="lock-step",
+        estimated_ms=0.0,
+        lower_bound_ms=0.0,
+        gap=0.0,
+        status="feasible",
+        seconds=0.0,
+        baselines={},
+        reasons=(),
+    )
+    return plan, list(lengths) * (count * per_batch)
+
+
+@contextmanager
+def _progress(rank: int, *, total: int) -> Iterator[Callable[[], None]]:
+    """Rank 0 shows how far it is."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=rank != 0, transient=True) as progress:
+        task = progress.add_task("timing groups", total=total)
+        yield lambda: progress.advance(task)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Arguments: a config, the file to write, and tokens of the longest group (default: the config's seq_len)."""
+    config = load(argv[0]).config
+    longest = int(argv[2]) if len(argv) > 2 else config.data.seq_len
+    plan = plan_of_job(config)
+    parallel = init(
+        plan, device=config.launch.device, timeout=timedelta(seconds=config.timeouts.collective_s)
+    )
+    profile = measure(config, plan, parallel, longest=longest)
+    if parallel.rank == 0:
+        profile.save(Path(argv[1]))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # the launcher says so once, for all ranks
+        sys.exit(130)
