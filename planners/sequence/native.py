@@ -1,12 +1,13 @@
 """Calls ``waves.cpp``, the search that plans waves in milliseconds.
 
-The search counts its work and stops after ``PLACEMENTS_PER_MS`` placements for each millisecond it is given, which
-this code does in less time than that on the processors of the last years: so a plan depends on lengths, cost model,
+The search counts its work and stops after some ten thousand placements for each millisecond it is given, which it
+does in about three quarters of the time on a processor of the last years: so a plan depends on lengths, cost model,
 limit and seed, and not on the machine or on what else runs there. Where that is too much for the time, the clock ends
 the search, and the plan says so.
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,7 @@ from distrain.core import native
 
 from .problem import StepProblem
 
-PLACEMENTS_PER_MS = 12_000
-
-_SOURCES = (Path(__file__).with_name("waves.cpp"),)
+_SOURCES = (Path(__file__).with_name("waves.cpp"), Path(__file__).with_name("pack.hpp"))
 _FLAGS = ("-ffp-contract=off",)  # fused multiply-adds would round differently from machine to machine
 
 
@@ -37,6 +36,11 @@ class Waves:
     adaptive_ms: float
     by_clock: bool = False
     """the search was ended by the clock"""
+
+
+def placements(milliseconds: float, num_slots: int) -> int:
+    """The work that fits the time: a placement costs more where there are more groups to look at."""
+    return int(milliseconds * 36_000 / (1 + 0.12 * math.log2(max(1.0, num_slots / 64))))
 
 
 def search(problem: StepProblem, *, milliseconds: float, seed: int, build: bool) -> Waves | None:
@@ -60,7 +64,7 @@ def search(problem: StepProblem, *, milliseconds: float, seed: int, build: bool)
         ctypes.c_int(num),
         _address(problem.lengths),
         _address(times),
-        ctypes.c_int64(int(milliseconds * PLACEMENTS_PER_MS)),
+        ctypes.c_int64(placements(milliseconds, problem.num_slots)),
         ctypes.c_double(milliseconds / 1e3),
         ctypes.c_uint64(seed % 2**64),
         _address(wave),
