@@ -13,7 +13,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from torch.utils import cpp_extension
 
 from distrain.core import native
 from distrain.core.errors import ConfigError, MissingDependencyError
@@ -130,10 +129,12 @@ def open_cudart(library: ctypes.CDLL, path: str) -> None:
 @lru_cache(maxsize=1)
 def cpu_library() -> ctypes.CDLL:
     """The CPU adapter; loaded once, and never unloaded, since tensors may hold its blocks."""
-    (include, *_), (folder, *_) = cpp_extension.include_paths(), cpp_extension.library_paths()
+    home = Path(
+        torch.__file__
+    ).parent  # torch.utils.cpp_extension knows too, but needs setuptools and a second
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    flags = ("-std=c++20", f"-isystem{include}", abi, f"-L{folder}", f"-Wl,-rpath,{folder}", "-lc10")
-    return _load("allocator_cpu", "cpu.cpp", flags)
+    torch_flags = (f"-isystem{home}/include", abi, f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-lc10")
+    return _load("allocator_cpu", "cpu.cpp", ("-std=c++20", *torch_flags))
 
 
 @lru_cache(maxsize=1)

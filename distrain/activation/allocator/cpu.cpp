@@ -62,7 +62,9 @@ void CpuAllocator::give_back(void* block) {
     allocator().base->raw_deallocate(block);
 }
 
-constexpr uint8_t PRIORITY = 10;  // torch installs a new allocator only over one of the same priority or less
+// torch installs a new allocator only over one of the same priority or less, and remembers the priority for good. It
+// writes one pointer without a lock: requests under way on other threads see one allocator or the other; both will do.
+constexpr uint8_t PRIORITY = 10;
 
 }  // namespace
 }  // namespace distrain

@@ -42,6 +42,8 @@ struct Runtime {
   int (*cudaDeviceGetAttribute)(int*, int, int);
   int (*cudaDeviceGetDefaultMemPool)(Pool*, int);
   int (*cudaMemPoolSetAttribute)(Pool, int, void*);
+  int (*cudaMemPoolTrimTo)(Pool, size_t);
+  int (*cudaDeviceSynchronize)();
   int (*cudaEventCreateWithFlags)(Event*, unsigned);
   int (*cudaEventRecord)(Event, Stream);
   int (*cudaEventDestroy)(Event);
@@ -85,6 +87,20 @@ class Pools {
   }
   void give_back(void* block, int device, Stream stream) {
     check(pooled(device) ? runtime.cudaFreeAsync(block, stream) : runtime.cudaFree(block), "cudaFree");
+  }
+
+  // Memory for an arena. What the pool keeps from steps without a plan would take its room, and goes first.
+  void* arena(size_t size, int device) {
+    const OnDevice there(device);
+    void* block = nullptr;
+    if (pooled(device)) {
+      Pool pool = nullptr;
+      check(runtime.cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+      check(runtime.cudaDeviceGetDefaultMemPool(&pool, device), "cudaDeviceGetDefaultMemPool");
+      check(runtime.cudaMemPoolTrimTo(pool, 0), "cudaMemPoolTrimTo");
+    }
+    check(runtime.cudaMalloc(&block, size), "cudaMalloc");
+    return block;
   }
 
  private:
@@ -162,11 +178,11 @@ Lane& lane = *new Lane;
 Session& session() {
   static Session& one = *new Session({
       [](size_t bytes) -> void* {
-        const OnDevice there(lane.device);
-        void* arena = nullptr;
-        if (!runtime.cudaMalloc(&arena, bytes)) return arena;
-        runtime.cudaGetLastError();
-        return nullptr;
+        try {
+          return pools.arena(bytes, lane.device);
+        } catch (const std::runtime_error&) {
+          return nullptr;  // the caller is Python, and says so there
+        }
       },
       [](void* arena, size_t) { runtime.cudaFree(arena); },  // waits for the device
   });
@@ -193,8 +209,9 @@ const char* distrain_cuda_open(const char* path) {
 #define FIND(name) find(#name, found.name)
   FIND(cudaMalloc), FIND(cudaFree), FIND(cudaMallocAsync), FIND(cudaFreeAsync), FIND(cudaGetDevice);
   FIND(cudaSetDevice), FIND(cudaDeviceGetAttribute), FIND(cudaDeviceGetDefaultMemPool);
-  FIND(cudaMemPoolSetAttribute), FIND(cudaEventCreateWithFlags), FIND(cudaEventRecord), FIND(cudaEventDestroy);
-  FIND(cudaStreamWaitEvent), FIND(cudaGetLastError), FIND(cudaGetErrorString);
+  FIND(cudaMemPoolSetAttribute), FIND(cudaMemPoolTrimTo), FIND(cudaDeviceSynchronize), FIND(cudaStreamWaitEvent);
+  FIND(cudaEventCreateWithFlags), FIND(cudaEventRecord), FIND(cudaEventDestroy), FIND(cudaGetLastError);
+  FIND(cudaGetErrorString);
 #undef FIND
   if (problem.empty()) {
     runtime = found;
