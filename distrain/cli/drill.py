@@ -60,6 +60,8 @@ def drill(
       distrain drill plan.toml run.toml --no-reference --json
     """
     from distrain.core.errors import Problem, raise_if
+    from distrain.core.netns import HINT
+    from distrain.core.netns import missing as netns_missing
     from distrain.faults.drill import Drill, run, to_json
     from distrain.faults.inject import FaultPlan, check
 
@@ -75,6 +77,8 @@ def drill(
         problems.append(Problem("--set is not used by a script", hint="its own arguments come after --"))
     if netns and emulate_nodes == 1:
         problems.append(Problem("--netns is for emulated nodes", "1 node", hint="--emulate-nodes 2"))
+    elif netns and (missing := netns_missing()):
+        problems.append(Problem("nodes cannot have networks of their own here", missing, hint=HINT))
     if out and any((out / name).exists() for name in ("sound", "faulty")):
         problems.append(Problem("there is a drill in this folder already", str(out), "a new or empty folder"))
     if is_run:
