@@ -190,7 +190,7 @@ def _sequences(config: RunConfig, dp: int) -> Iterator[Problem]:
             yield Problem(
                 f"parallel.{name} is not used by sequence = {kind}{why}",
                 f"{name} = {value}",
-                f"{default!r}",
+                f"{default}" if default != "" else "no value",
                 f"--set parallel.{name}={default}",
             )
     if kind is Sequences.ADAPTIVE:
