@@ -42,8 +42,9 @@ VERBS = {
     "train": Verb("Run", "train the model of a config: plan, launch, train"),
     "launch": Verb("Run", "start a script, module or config on many ranks: torchrun's flags", raw=True),
     "drill": Verb("Run", "run a job under a fault plan, and score how it comes through"),
-    "plan": Verb("Plan", "solve one planning problem: sequence groups, with a bound"),
+    "plan": Verb("Plan", "sequence groups, memory, buffers: planned, with a bound"),
     "simulate": Verb("Plan", "goodput of a job under failures, and the best checkpoint interval"),
+    "doctor": Verb("Look", "what this machine can do, and what sequences cost on it"),
     "ckpt": Verb("Look", "list, inspect, verify, convert, repair and collect checkpoints"),
     "config": Verb("Look", "show a config as it is resolved, and where each value comes from"),
 }
