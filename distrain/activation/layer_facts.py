@@ -3,7 +3,7 @@
 import torch
 
 from distrain.core.vocabulary import ModelShape
-from distrain.planners.memory_plan import LayerFacts
+from distrain.planners.memory_request import LayerFacts
 
 from .rank_layers import Kind, rank_layer
 from .trace import Trace, TracedTensor, trace_module

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distrain.core.errors import raise_if
 from distrain.core.vocabulary import ModelShape
-from distrain.planners.memory_plan import layer_problems
+from distrain.planners.memory_request import layer_problems
 
 Kind = Literal["gpt", "llama"]
 

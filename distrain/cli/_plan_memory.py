@@ -17,7 +17,8 @@ from distrain.core.vocabulary import DEVICES, PRESETS
 from ._units import number
 
 if TYPE_CHECKING:
-    from distrain.planners.memory_plan import MemoryPlan, MemoryRequest
+    from distrain.planners.memory_plan import MemoryPlan
+    from distrain.planners.memory_request import MemoryRequest
 
 _GIB = 2**30
 _GPT_VOCABULARY = 50_257
@@ -107,7 +108,7 @@ def _request(
     *, gpus: int, tp: int | None, pp: int, dp: int, cp: int | None, micro_batches: int | None, gpus_per_node: int,
 ) -> "MemoryRequest":  # fmt: skip
     """The flags as a request; ConfigError lists all that is wrong with them."""
-    from distrain.planners.memory_plan import MemoryRequest, layer_problems, request_problems
+    from distrain.planners.memory_request import MemoryRequest, layer_problems, request_problems
 
     problems: list[Problem] = []
     for flag, word, known in (("--model", model, PRESETS), ("--device", device, DEVICES)):
