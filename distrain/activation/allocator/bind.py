@@ -28,7 +28,6 @@ _REFUSALS = {
     1: "another allocator has taken the place of torch's since the first use of this one",
     2: "torch's present CPU allocator wraps its blocks",
     3: "torch's present CPU allocator has a higher priority",
-    4: "a plan or a recording is on already",
 }
 
 

@@ -72,7 +72,7 @@ constexpr uint8_t PRIORITY = 10;
 extern "C" {
 
 // 0, or why the allocator cannot be put in place: 1 the one beneath has changed, 2 it has no plain blocks, 3 it has
-// priority, 4 ours is in place already.
+// priority. In the child of a fork it may be in place already.
 int distrain_cpu_install() {
   auto& ours = distrain::allocator();
   c10::Allocator* present = c10::GetCPUAllocator();
@@ -81,8 +81,7 @@ int distrain_cpu_install() {
     ours.base = present;
     distrain::guard_forks();
   }
-  if (present == &ours) return 4;
-  if (present != ours.base) return 1;
+  if (present != ours.base && present != &ours) return 1;
   ours.owner = pthread_self();
   c10::SetCPUAllocator(&ours, distrain::PRIORITY);
   return c10::GetCPUAllocator() == &ours ? 0 : 3;

@@ -38,9 +38,9 @@ class _Context:
         self._adapter: bind.Adapter | None = None
 
     def __enter__(self) -> Self:
-        if self._adapter is not None:
-            raise ConfigError("a plan or a recording is on already")
         adapter = bind.adapter(self._device)
+        if adapter.library.distrain_is_on():
+            raise ConfigError("a plan or a recording is on already", hint="leave its `with` statement first")
         adapter.install()
         try:
             self._start(adapter)

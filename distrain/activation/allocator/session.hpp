@@ -131,13 +131,14 @@ class Session {
     return false;
   }
 
+  // Starts a recording; nothing may be on.
   void record(size_t least) {
     const std::lock_guard<std::mutex> guard(mutex_);
     recorder_ = std::make_unique<Recorder>();
     least_ = std::max<size_t>(least, 1);
   }
 
-  // Whether there was memory for the arena.
+  // Starts to follow a plan; nothing may be on. Whether there was memory for the arena.
   bool replay(std::vector<Entry> entries, size_t arena_bytes, size_t least) {
     char* arena = arena_bytes ? static_cast<char*>(memory_.get(arena_bytes)) : nullptr;
     if (arena_bytes && !arena) return false;
@@ -189,6 +190,11 @@ class Session {
     const std::lock_guard<std::mutex> guard(mutex_);
     static const std::vector<Recorder::Request> nothing;
     read(recorder_ ? recorder_->requests : recorded_ ? recorded_->requests : nothing);
+  }
+
+  bool is_on() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return replay_ || recorder_;
   }
 
   size_t num_arenas() {
@@ -257,6 +263,7 @@ int distrain_replay(int64_t num, const int32_t* phases, const int64_t* sizes, co
   return distrain::session().replay(std::move(entries), static_cast<size_t>(arena_bytes), static_cast<size_t>(least));
 }
 
+int distrain_is_on() { return distrain::session().is_on(); }
 void distrain_stop() { distrain::session().stop(); }
 void distrain_new_step() { distrain::session().new_step(); }
 void distrain_enter(int32_t phase) { distrain::session().enter(phase); }
