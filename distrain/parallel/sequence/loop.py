@@ -116,9 +116,9 @@ class LoopKernel:
                 k, v = _repeated(kv_2KME, keys, saved.q_KGNE.shape[1])
                 is_causal = piece.distance == 0 and mask is None
                 dq, *dkv = self._rectangle.backward(part, k, v, is_causal=is_causal, mask=mask)
-                dq_KGNE[:, :, queries] += dq
+                dq_KGNE[:, :, queries].add_(dq)
                 for target, gradient in zip(dkv_2KME, dkv, strict=True):
-                    target[:, keys] += gradient.sum(1, dtype=target.dtype)
+                    target[:, keys].add_(gradient.sum(1, dtype=target.dtype))
 
 
 def bands(piece: Piece, window: int, *, like: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
