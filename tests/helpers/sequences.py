@@ -33,10 +33,12 @@ class SequenceCase(Case):
     """ring degree of every group of more than one rank; 0 is 1 while heads allow"""
     steps: tuple[tuple[Groups, ...], ...] = ()
     """micro-batches of each step, if they differ"""
+    skip_idle: bool = False
 
     def __str__(self) -> str:
         sizes = ["+".join(str(len(slots)) for slots, _ in groups) for groups in self.groups]
-        return f"{super().__str__()}-{'|'.join(sizes)}-ring{self.ring}"
+        skipping = "-skipping" if self.skip_idle else ""
+        return f"{super().__str__()}-{'|'.join(sizes)}-ring{self.ring}{skipping}"
 
     def plan(self, step: int) -> StepPlan:
         """The plan of a step."""
@@ -113,7 +115,13 @@ def in_groups(
         sequences, plan = sequences_of(case, step), case.plan(step)
         assert not plan.check(case.lengths)
         mine = places(
-            plan, case.lengths, slot=slot, split=split, multiple_of=tp, in_multiples=case.degrees.pp
+            plan,
+            case.lengths,
+            slot=slot,
+            split=split,
+            multiple_of=tp,
+            in_multiples=case.degrees.pp,
+            skip_idle=case.skip_idle,
         )
         rows = groups.rows(plan, mine)
 

@@ -25,6 +25,11 @@ REORDERED = (
     (((0,), (3,)), ((1,), (6,)), ((2, 3), (5, 2, 0))),
     (((0, 3), (4, 1)), ((1, 2), (7,))),
 )
+ONE_BY_ONE = (
+    (((0,), ALL[:2]), ((1,), ALL[2:4])),
+    (((0, 1), (4, 5)),),
+    (((0,), ALL[6:]),),  # slots 2 and 3 have nothing to do in all of the step
+)
 OF_TWO = (
     (((0, 1), (7, 1)),),
     (((0,), (0, 6)), ((1,), (5,))),
@@ -62,6 +67,7 @@ CASES = [
     case(2, OF_TWO, pp=2, vpp=2, schedule=Schedule.ZBV, data=Data.ZERO1),
     case(2, OF_TWO, pp=2, vpp=2, schedule=Schedule.INTERLEAVED, ring=2),
     case(4, steps=(MIXED, REORDERED, whole(4))),
+    case(4, steps=(MIXED, MIXED[1:] + MIXED[:1], ONE_BY_ONE), data=Data.ZERO1, skip_idle=True),
 ]
 
 
