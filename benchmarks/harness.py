@@ -3,7 +3,7 @@
 A benchmark is a file of this folder with a function ``run(session)`` and ``main("its name", run)`` at the end. It
 reports rows and metrics to the session; the session prints and writes them::
 
-    python -m benchmarks.NAME [--quick] [--rounds N] [--resume DIR] [--json FILE]
+    python -m benchmarks.NAME [--quick] [--rounds N] [--resume DIR] [--json FILE] [--device cpu|cuda]
 
 Numbers that could not be measured are NaN, never a guess.
 """
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +65,7 @@ class Session:
     rounds: int
     resume: Path | None
     console: Console
+    device: str = "cpu"
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -139,14 +140,20 @@ class Session:
 
 
 def main(
-    name: str, run: Callable[[Session], None], arguments: list[str] | None = None, *, rounds: int = 7
+    name: str,
+    run: Callable[[Session], None],
+    arguments: list[str] | None = None,
+    *,
+    rounds: int = 7,
+    devices: Sequence[str] = (),
 ) -> None:
-    """Command line of one benchmark, which takes ``rounds`` rounds unless told otherwise."""
-    options = _options(name, arguments, rounds)
+    """Command line of one benchmark: ``rounds`` rounds, and the first of ``devices``, unless told otherwise."""
+    options = _options(name, arguments, rounds, devices)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     session = Session(
         name, options.quick, options.rounds or (1 if options.quick else rounds), options.resume, console
     )
+    session.device = getattr(options, "device", session.device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that devices and processes are cleaned up
     start = time.monotonic()
     try:
@@ -161,7 +168,9 @@ def main(
         raise SystemExit("\n".join(f"error: {text}" for text in session.failed))
 
 
-def _options(name: str, arguments: list[str] | None, rounds: int) -> argparse.Namespace:
+def _options(
+    name: str, arguments: list[str] | None, rounds: int, devices: Sequence[str]
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds, ours only")
     parser.add_argument(
@@ -171,6 +180,8 @@ def _options(name: str, arguments: list[str] | None, rounds: int) -> argparse.Na
         "--resume", type=Path, metavar="DIR", help="keep finished parts here and take them from here"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, commit, metrics and rows")
+    if devices:
+        parser.add_argument("--device", choices=devices, default=devices[0], help="what the layers run on")
     return parser.parse_args(arguments)
 
 

@@ -4,12 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ledger import ActivationReport as ActivationReport
+    from .manager import ActivationManager as ActivationManager
+    from .segments import TokenSegments as TokenSegments
     from .trace import Trace as Trace
     from .trace import trace_module as trace_module
 
-_HOMES = {"Trace": ".trace", "trace_module": ".trace"}
+_HOMES = {
+    "ActivationManager": ".manager",
+    "ActivationReport": ".ledger",
+    "TokenSegments": ".segments",
+    "Trace": ".trace",
+    "trace_module": ".trace",
+}
 
-__all__ = ["Trace", "trace_module"]
+__all__ = ["ActivationManager", "ActivationReport", "TokenSegments", "Trace", "trace_module"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .program import Node, Ref, tensors_in
+from .program import Group, Node, Ref, tensors_in
 from .rows import Rows, dense, possible
 from .storage import Window, taken_apart
 
@@ -134,6 +135,9 @@ def perform(
     left = iter(values)
     args, kwargs = (_decoded(each, left) for each in arguments)
     result = node.func(*args, **dict(zip((name for name, _ in node.kwargs), kwargs, strict=True)))
+    if node.is_call:
+        dist.Work.unbox(result[-1] if isinstance(result, tuple) else result).wait()
+        return [values[0]]
     if "c10d_functional" in node.func.namespace:
         result = torch.utils._pytree.tree_map_only(Tensor, torch.ops._c10d_functional.wait_tensor, result)
     return [None if each is None else taken_apart(each)[0] for each in tensors_in(result)]
@@ -143,6 +147,8 @@ def _decoded(argument: Any, left: Iterator[Tensor]) -> Any:
     if isinstance(argument, Ref):
         value = next(left)
         return value if argument.wrap is None else argument.wrap.around(value)
+    if isinstance(argument, Group):
+        return argument.group.boxed()
     if isinstance(argument, tuple):
         return [_decoded(each, left) for each in argument]
     return argument
@@ -165,7 +171,7 @@ def _sizes(node: Node, num_tokens: int) -> Iterator[tuple[tuple[tuple[int, ...],
 def _multiples(
     argument: Any, num_tokens: int, path: tuple[int, ...], *, listed: bool
 ) -> Iterator[tuple[tuple[int, ...], int]]:
-    if isinstance(argument, tuple) and not isinstance(argument, Ref):
+    if isinstance(argument, tuple) and not isinstance(argument, (Ref, Group)):
         for i, each in enumerate(argument):
             yield from _multiples(each, num_tokens, (*path, i), listed=len(path) >= 2)
     elif listed and type(argument) is int and argument > 0 and argument % num_tokens == 0:

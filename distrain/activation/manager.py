@@ -87,8 +87,8 @@ class ActivationManager:
         self._token_dim = token_dim
         self._groups = groups
         _check(self._layers, plan, segments)
-        device = device or _device_of(self._layers)
-        self._engine = Engine(device, HostPool(device, limit_bytes=plan.host_bytes), groups=groups)
+        self.device = device or _device_of(self._layers)
+        self._engine = Engine(self.device, HostPool(self.device, limit_bytes=plan.host_bytes), groups=groups)
         self._handles: list[RemovableHandle] = []
         self._open: list[_Open] = []
         self._newest: ref[Frame] | None = None
@@ -232,6 +232,12 @@ def _check(layers: Sequence[nn.Module], plan: ActivationPlan, segments: str | To
             Problem(
                 "the activation plan is for another number of layers",
                 got=f"{len(plan.layers)} in the plan, {len(layers)} given",
+            )
+        )
+    if len(set(layers)) < len(layers):
+        problems.append(
+            Problem(
+                "a layer is listed twice", hint="give each use a module of its own that calls the shared one"
             )
         )
     if isinstance(segments, str) and segments != AUTO:

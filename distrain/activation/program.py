@@ -13,6 +13,7 @@ A program holds no tensors, so equal layers have equal programs and what is foun
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .storage import Window, Wrap
@@ -25,11 +26,17 @@ class Ref(NamedTuple):
     wrap: Wrap | None = None
 
 
+class Group(NamedTuple):
+    """An argument that is a process group, which comes in a new box each time."""
+
+    group: dist.ProcessGroup
+
+
 class Origin(NamedTuple):
     """A value that no operator of the layer made."""
 
     kind: str
-    """input, param (parameter or buffer), constant"""
+    """input, param (parameter or buffer), constant, unknown"""
     key: Any
     """number of the input or the constant, name of the parameter"""
 
@@ -47,6 +54,11 @@ class Node(NamedTuple):
     blank: bool
     """whether of its first argument only the form matters: it is filled, or something is made like it"""
     mutates: bool
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it is a collective that fills its first argument and returns work to wait for."""
+        return bool(self.func.namespace == "c10d")
 
     def refs(self) -> list[Ref]:
         """Arguments that are values."""

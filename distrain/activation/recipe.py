@@ -68,7 +68,7 @@ def write(
     """
     standing: dict[int, Standing | Rows] = dict.fromkeys(spoiled, Standing.LOST)
     for value, origin in program.origins:
-        standing.setdefault(value, Standing.WHOLE if origin.kind == "input" else Standing.FREE)
+        standing.setdefault(value, _OF_ORIGIN.get(origin.kind, Standing.FREE))
     plans: dict[int, Local] = {}
     for number in _ancestors(program, saved):
         node = program.nodes[number]
@@ -95,6 +95,7 @@ def write(
     return Recipe(_steps(program, made, at_hand=at_hand, plans=plans), made, attention)
 
 
+_OF_ORIGIN = {"input": Standing.WHOLE, "unknown": Standing.LOST}
 _NOT_MADE = (Standing.WHOLE, Standing.LOST)
 
 

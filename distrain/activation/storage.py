@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ALIGNMENT = 512
@@ -69,6 +70,8 @@ class Wrap(NamedTuple):
     kind: Any
     name: str
     """attribute that holds the plain tensor"""
+    others: tuple[tuple[str, Any], ...]
+    """attributes that hold something else, such as a device mesh"""
     context: Any
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -84,23 +87,29 @@ class Wrap(NamedTuple):
         if tuple(shape) != self.shape:
             stride = torch.empty(shape, device="meta").stride()
         wrapped: Tensor = self.kind.__tensor_unflatten__(
-            {self.name: inner}, self.context, torch.Size(shape), stride
+            {self.name: inner, **dict(self.others)}, self.context, torch.Size(shape), stride
         )
         return wrapped
 
 
-def taken_apart(tensor: Tensor) -> tuple[Tensor | None, Wrap | None]:
-    """The plain tensor in ``tensor`` and its wrapper, if it has one; None for what is more than one plain tensor."""
-    if not is_traceable_wrapper_subclass(tensor):
+def taken_apart(tensor: Tensor, *, arrived: bool = True) -> tuple[Tensor | None, Wrap | None]:
+    """The plain tensor in ``tensor`` and its wrapper, if it has one; None for what is more than one plain tensor.
+
+    What a collective is still bringing is waited for, unless it only has to be known (not ``arrived``).
+    """
+    if type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor):
         return (tensor, None) if tensor.layout is torch.strided else (None, None)
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return taken_apart(tensor.trigger_wait() if arrived else tensor.elem, arrived=arrived)
     names, context = tensor.__tensor_flatten__()
-    if len(names) != 1:
+    parts = {name: getattr(tensor, name) for name in names}
+    name, *more = [name for name, part in parts.items() if isinstance(part, Tensor)]
+    inner, within = (None, None) if more else taken_apart(parts[name], arrived=arrived)
+    if inner is None or within is not None:
         return None, None
-    inner = getattr(tensor, names[0])
-    if type(inner) is not Tensor and is_traceable_wrapper_subclass(inner):
-        return None, None
+    others = tuple((each, part) for each, part in parts.items() if each != name)
     shape, stride = tuple(tensor.shape), tensor.stride()
-    return inner, Wrap(type(tensor), names[0], context, shape, stride, tuple(inner.shape))
+    return inner, Wrap(type(tensor), name, others, context, shape, stride, tuple(inner.shape))
 
 
 def aligned(num_bytes: int) -> int:

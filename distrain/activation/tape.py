@@ -3,6 +3,8 @@
 A mode below autograd sees every operator with its tensors. Memory is known by its storage: an output in a storage that
 no argument has is new, and takes the place of whatever was at that address before. Nothing is kept alive by writing,
 but constants: tensors from outside that are neither parameters nor inputs (rotary tables), which somebody else holds.
+
+What was changed in place, but in one step as a whole, is not followed: its values count as unknown from then on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .program import Node, Origin, Program, Ref, generator_state, tensors_in
+from .program import Group, Node, Origin, Program, Ref, generator_state, tensors_in
 from .storage import Window, taken_apart
 
 FILLS = frozenset(
@@ -38,6 +41,8 @@ NEVER_AGAIN = frozenset(
     ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit")
 )
 """operators that change running statistics without saying so"""
+CALLS = frozenset(("alltoall_base_", "_allgather_base_", "_reduce_scatter_base_"))
+"""collectives that fill their first argument, without saying so, and leave the others as they are"""
 
 
 @dataclass(slots=True)
@@ -125,6 +130,8 @@ class Tape(TorchDispatchMode):
             return self._ref(argument)
         if isinstance(argument, (list, tuple)):
             return tuple([self._encoded(each) for each in argument])
+        if isinstance(argument, torch.ScriptObject):
+            return _unboxed(argument)
         if isinstance(argument, torch.Generator):
             self.readable = False
         return argument
@@ -146,11 +153,11 @@ class Tape(TorchDispatchMode):
 
     def _unseen(self, inner: Tensor, memory: Memory, window: Window) -> int:
         """A view that was made elsewhere, or by other means than an operator."""
-        if memory.is_new or memory.spoiled:
-            self.readable = False
-        else:
+        origin = Origin("unknown", None)
+        if not (memory.is_new or memory.spoiled or memory.from_data):
             self.constants.append(inner.detach())
-            self._origins.append((len(self._windows), Origin("constant", len(self.constants) - 1)))
+            origin = Origin("constant", len(self.constants) - 1)
+        self._origins.append((len(self._windows), origin))
         return self._value(memory, window)
 
     def _outside(self, inner: Tensor, origin: Origin) -> Memory:
@@ -190,7 +197,11 @@ class Tape(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         node = Node(func, args, kwargs, (), seed, name in FILLS or name in LIKES, func._schema.is_mutable)
         memories = [self._by_value[ref.value] for ref in node.refs()]
-        from_data = seed is not None or node.blank or not memories or any(m.from_data for m in memories)
+        if node.is_call:
+            self._call(node, name, memories)
+            return
+        read = memories[1:] if node.blank else memories
+        from_data = seed is not None or any(each.from_data for each in read)
         if node.mutates:
             self._mutate(node, memories, from_data=from_data)
         before = len(self._windows)
@@ -202,6 +213,22 @@ class Tape(TorchDispatchMode):
                 self.trusted.add(len(self._nodes))
             self._nodes.append(node._replace(outs=outs))
 
+    def _call(self, node: Node, name: str, memories: list[Memory]) -> None:
+        """A collective, which changes tensors that it was given."""
+        filled = node.args[0]
+        alone = name in CALLS and isinstance(filled, Ref) and self._is_alone(memories[0], filled.value)
+        for memory in memories[: 1 if name in CALLS else None]:
+            memory.spoiled |= not alone
+            memory.from_data |= any(each.from_data for each in memories)
+            memory.values.clear()
+        if alone:
+            memories[0].base = self._value(memories[0], self._windows[filled.value])
+            self._nodes.append(node._replace(outs=(memories[0].base,)))
+
+    def _is_alone(self, memory: Memory, value: int) -> bool:
+        """Whether ``value`` is all that anybody sees of a memory that the layer made."""
+        return memory.is_new and len(memory.values) == 1 and memory.base == value
+
     def _mutate(self, node: Node, memories: list[Memory], *, from_data: bool) -> None:
         """An operator that writes to its first argument can be done again if nothing else looks at that memory."""
         arguments = node.func._schema.arguments
@@ -210,15 +237,14 @@ class Tape(TorchDispatchMode):
         if written == [0] and first is not None:
             memories = memories[:1]
         for memory in memories:
-            alone = memory.is_new and len(memory.values) == 1
-            if first is None or written != [0] or not alone or memory.base != first.value:
+            if first is None or written != [0] or not self._is_alone(memory, first.value):
                 memory.spoiled = True
             memory.from_data |= from_data
             memory.values.clear()
 
     def _result(self, tensor: Tensor | None, memories: list[Memory], *, from_data: bool) -> int | None:
         """The value that ``tensor`` is: a new one, unless the operator gave an argument back."""
-        inner = None if tensor is None else taken_apart(tensor)[0]
+        inner = None if tensor is None else taken_apart(tensor, arrived=False)[0]
         if inner is None:
             self.readable &= tensor is None
             return None
@@ -234,3 +260,10 @@ class Tape(TorchDispatchMode):
         if not memory.values:
             memory.base = len(self._windows)
         return self._value(memory, window)
+
+
+def _unboxed(argument: torch.ScriptObject) -> Any:
+    try:
+        return Group(dist.ProcessGroup.unbox(argument))
+    except RuntimeError:
+        return argument

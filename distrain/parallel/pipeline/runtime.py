@@ -70,6 +70,10 @@ class PipelineRuntime:
         self._hooks = hooks
         self._last_stage = len(schedule.stage_to_rank) - 1
 
+    def add_hook(self, hook: MicrobatchHooks) -> None:
+        """Wrap each piece of the steps to come in one more hook, inside the others."""
+        self._hooks = (*self._hooks, hook)
+
     def step(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Forward and backward of every micro-batch; the losses, where the last stage is, else an empty list."""
         return self._run(self._steps(len(micro_batches)), micro_batches)

@@ -1,0 +1,1 @@
+"""Ways to keep activations until backward, all behind one face."""
