@@ -72,6 +72,8 @@ def certify(
     """
     start = time.monotonic()
     deadline = start + seconds
+    if problem.area_bound_ms >= estimated_ms:  # nothing is left to prove
+        return Certificate(estimated_ms, 0.0, True)
     classes = classes or LengthClasses.of(problem)
     shared = _Shared.of(
         problem, classes, estimated_ms, waves, integers=integers, ratio=ratio, accuracy=accuracy

@@ -130,7 +130,7 @@ def load(source: Path | str) -> SequenceCost:
     try:
         data = tomllib.loads(Path(source).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        close = nearest(str(source), PRESETS)
+        close = nearest(str(source).lower(), PRESETS)
         raise ConfigError(
             "the cost model cannot be read",
             got=f"{source}: {error}",
