@@ -25,6 +25,7 @@ from distrain.activation.rank_layers import rank_layer
 from distrain.core.vocabulary import PRESETS
 from distrain.planners.buffers import Buffer, milp, solve, violations
 from distrain.planners.buffers.bounds import sections
+from distrain.planners.buffers.engine import build
 from distrain.planners.memory_plan import memo_of_the_paper, plan_memory
 from distrain.planners.memory_request import MemoryRequest
 
@@ -115,6 +116,7 @@ def _cut(piece: Piece, recipe: Recipe, drawn: random.Random) -> list[Piece]:
 
 def run(session: Session) -> None:
     """All of it."""
+    build()
     _hard(session)
     _traces(session)
     _layer_program(session)

@@ -23,6 +23,7 @@ from .activation_policy import ActivationTask, Choice, MemoAlpha, TensorGroup, c
 from .activation_policy.problem import Pass, stage_passes
 from .activation_policy.program import raise_if_impossible
 from .buffers import Buffer, BufferPlan, Levels, solve, solve_by_layers
+from .buffers.engine import Engine
 from .memory import USABLE, gib
 from .memory_request import LayerFacts, MemoryRequest
 
@@ -150,15 +151,17 @@ class MemoryPlan:
         }
 
 
-def plan_memory(request: MemoryRequest, layer: LayerFacts, *, time_limit_s: float = 30.0) -> MemoryPlan:
+def plan_memory(
+    request: MemoryRequest, layer: LayerFacts, *, time_limit_s: float = 30.0, engine: Engine | None = None
+) -> MemoryPlan:
     """Answer ``request`` for a layer that was traced at its length.
 
     Raises:
         InfeasibleError: proven that it does not fit; says what is needed, what is there, and about which length fits.
     """
     buffers, passes = _arena(request, layer)
-    flat = solve(buffers, time_limit_s=time_limit_s)
-    levels = solve_by_layers(buffers, passes, time_limit_s=time_limit_s)
+    flat = solve(buffers, time_limit_s=time_limit_s, engine=engine)
+    levels = solve_by_layers(buffers, passes, time_limit_s=time_limit_s, engine=engine)
     arena = min(flat.peak or 0, levels.plan.peak or 0)
     states = STATE_BYTES * request.num_params // request.gpus
     gathered = 2 * 2 * request.layer_params // request.tp

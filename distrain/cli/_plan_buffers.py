@@ -44,6 +44,7 @@ def buffers(
     from distrain.planners import drawing
     from distrain.planners.buffers import problem, solve
     from distrain.planners.buffers import table as csv
+    from distrain.planners.buffers.engine import engine
 
     if plot is not None:
         drawing.require()
@@ -51,7 +52,7 @@ def buffers(
     console = Console(stderr=True)
     with console.status(f"planning {len(given)} buffers", spinner="line"):
         needed = problem.aligned(given, alignment=align)
-        plan = solve(needed, capacity=capacity, time_limit_s=time_limit, seed=seed)
+        plan = solve(needed, capacity=capacity, time_limit_s=time_limit, seed=seed, engine=engine(build=True))
     if plan.peak is not None:
         try:
             if output is not None:

@@ -89,13 +89,14 @@ def memory(
         require()
     with Console(stderr=True).status("tracing a layer", spinner="line") as status:
         from distrain.activation.layer_facts import layer_facts
+        from distrain.planners.buffers.engine import engine
         from distrain.planners.memory_plan import plan_memory
 
         facts = layer_facts(
             request.shape, kind=layer.value, tp=request.tp, cp=request.cp, seq_len=request.seq_len
         )
         status.update("planning")
-        plan = plan_memory(request, facts)
+        plan = plan_memory(request, facts, engine=engine(build=True))
         _write(plan, output, csv, plot)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))

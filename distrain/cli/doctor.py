@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distrain.launch.doctor import Finding
     from distrain.planners.sequence.fit import Fit
 
-NATIVE = ("distrain.planners.sequence.native",)
+NATIVE = ("distrain.planners.sequence.native", "distrain.planners.buffers.engine")
 """modules with a ``build`` of their own"""
 
 

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +80,10 @@ class Engine:
         return int(peak), offsets
 
 
-def engine() -> Engine:
-    """The fastest engine this machine can have; compiles the native one the first time."""
+def engine(*, build: bool = False) -> Engine:
+    """The native engine if it was built, or is now with ``build`` (running jobs never compile); otherwise Python's."""
     try:
-        return Engine(_library())
+        return Engine(_library(build))
     except MissingDependencyError as error:
         return Engine(None, error.problems[0].error)
 
@@ -91,9 +91,14 @@ def engine() -> Engine:
 PYTHON = Engine(None, "native code was not asked for")
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    library = native.load("buffers", _SOURCES, build=True)
+def build() -> None:
+    """Compile the library where the cache lacks it, so that jobs find it; MissingDependencyError if that fails."""
+    _library(build=True)
+
+
+@cache
+def _library(build: bool) -> ctypes.CDLL:
+    library = native.load("buffers", _SOURCES, build=build)
     library.first_fit.restype = ctypes.c_int64
     return library
 

@@ -48,7 +48,8 @@ def solve(
 ) -> BufferPlan:
     """Plan ``buffers`` under ``capacity``, or with the lowest peak if there is none.
 
-    With a capacity the first plan that fits is the answer. ConfigError lists what is wrong with the buffers.
+    With a capacity the first plan that fits is the answer. ``engine`` is the native one if it was built before.
+    ConfigError lists what is wrong with the buffers.
     """
     check(buffers)
     begin = time.monotonic()

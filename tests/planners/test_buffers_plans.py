@@ -81,7 +81,7 @@ def test_without_native_code_the_plan_says_so() -> None:
     plan = solve(PINWHEEL, engine=PYTHON)
     assert plan.peak == 5
     assert plan.notes == ("no native search: native code was not asked for",)
-    assert not solve(PINWHEEL, engine=engine.engine()).notes
+    assert not solve(PINWHEEL, engine=engine.engine(build=True)).notes
 
 
 @given(any_buffers(most=7))

@@ -12,7 +12,7 @@ from distrain.planners.buffers.greedy import portfolio
 from distrain.planners.buffers.skyline import luby
 from helpers.buffers import PINWHEEL, TOO_TALL, any_buffers, lowest_peak, perfect
 
-NATIVE = engine()
+NATIVE = engine(build=True)
 both = pytest.mark.parametrize("search", [NATIVE, PYTHON], ids=["native", "python"])
 
 
