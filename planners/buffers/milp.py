@@ -7,7 +7,7 @@ For buffers i with address A_i and size S_i, and every pair that lives at one ti
              A_j + S_j <= A_i + U z_ij            U: a peak that is known to be reachable
 
 Addresses are fractions of U, so that the numbers suit the solver. Its answer is read as an order only: buffers are put
-down anew, lowest first, each on top of what it meets, in whole numbers. So rounding cannot make a plan invalid, and the
+down anew, lowest first, each as low as it can go, in whole numbers. So rounding cannot make a plan invalid, and the
 bound is taken back by the solver's tolerance before it is rounded up to the next peak that is possible at all.
 
 With ``free`` only pairs among those buffers may change sides and all others keep their order: a neighbourhood of a
@@ -26,6 +26,7 @@ from distrain.core.errors import InfeasibleError, UndecidedError
 
 from ..solve import solve
 from .bounds import Sections
+from .skyline import first_fit
 
 _TOLERANCE = 2e-6  # of the solver, relative to U
 
@@ -103,11 +104,14 @@ def minimise(
 
 
 def _settled(cut: Sections, addresses: Sequence[float]) -> tuple[int, ...]:
-    """Whole offsets in the order of ``addresses``: each buffer on top of those that it meets and that lie lower."""
-    roof = np.zeros(cut.num_sections, np.int64)
-    offsets = [0] * len(addresses)
-    for i in sorted(range(len(addresses)), key=lambda i: (addresses[i], i)):
-        span = slice(int(cut.lower[i]), int(cut.upper[i]))
-        offsets[i] = int(roof[span].max())
-        roof[span] = offsets[i] + cut.size[i]
-    return tuple(offsets)
+    """Whole offsets in the order of ``addresses``, each as low as it can go.
+
+    What is smaller than the tolerance has no order that means anything: it also goes last, into what is left.
+    """
+    order = np.argsort(np.array(addresses), kind="stable").astype(np.int32)
+    tiny = cut.size[order] < 10 * _TOLERANCE * cut.size.sum()
+    found = [
+        first_fit(cut, each, best=False) for each in (order, np.concatenate((order[~tiny], order[tiny])))
+    ]
+    _, offsets = min(found, key=lambda pair: pair[0])
+    return tuple(offsets.tolist())
