@@ -43,6 +43,10 @@ class Precision:
         return known[dtype]
 
 
+GROUPS = ("input", "attention", "before_attention", "after_attention")
+"""by what becomes of them: what others are made again from, what is not made again, and what lies on both sides"""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
     """Bytes a rank keeps for each token of a micro-batch (all tokens of the sequence, before tp splits
@@ -56,6 +60,8 @@ class TokenBytes:
     """log-probabilities, on the last stage"""
     hidden: float
     """the hidden state between two stages"""
+    groups: tuple[float, ...]
+    """``layer`` by ``GROUPS``"""
 
 
 def token_bytes(shape: ModelShape, *, tp: int, precision: Precision, fused_norms: bool) -> TokenBytes:
@@ -66,10 +72,17 @@ def token_bytes(shape: ModelShape, *, tp: int, precision: Precision, fused_norms
     # Without tp both branches of a parallel block read one and the same tensor.
     gathered = 1 if shape.parallel_block and tp == 1 else 2
     kv_width = shape.num_kv_heads * shape.head_dim
-    split = (3 * d + 2 * kv_width + 4 * shape.d_ffn) * c + shape.num_heads * w
+    around = norm - d * w / tp  # what a norm keeps beside its input
+    groups = (
+        d * w / tp,
+        (2 * d * c + shape.num_heads * w) / tp,
+        around + d * c + (d + 2 * kv_width) * c / tp,
+        (num_norms - 1) * norm + (gathered - 1) * d * c + 4 * shape.d_ffn * c / tp,
+    )
     return TokenBytes(
-        layer=num_norms * norm + gathered * d * c + split / tp,
+        layer=sum(groups),
         output=norm + d * c,
         logits=shape.vocab_size * w / tp,
         hidden=d * w / tp,
+        groups=groups,
     )

@@ -29,9 +29,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from distrain.core.errors import Problem
-from distrain.core.vocabulary import GIB, ClusterSpec, DataParallel, Degrees, ModelShape, Schedule
+from distrain.core.vocabulary import (
+    GIB,
+    Activations,
+    ClusterSpec,
+    DataParallel,
+    Degrees,
+    ModelShape,
+    Schedule,
+)
 
-from .activations import Precision, token_bytes
+from .activation_plan import UNSWAPPED_LAYERS
+from .activations import Precision, TokenBytes, token_bytes
 from .closed_forms import depth, last_stage_depth
 from .schedules import placement
 from .stages import stage_layers
@@ -133,11 +142,13 @@ def estimate(
     optimizer: str,
     cluster: ClusterSpec,
     packed_tokens: int | None = None,
+    activations: Activations = Activations.NONE,
 ) -> MemoryEstimate:
     """Memory of every pipeline rank and of a node, for a layout that ``core.layout.check_layout`` accepts.
 
     ``micro_batch_size`` is in sequences of ``seq_len`` tokens. Where groups of ranks share packed sequences,
-    ``packed_tokens`` says instead how many tokens of a micro-batch one rank has.
+    ``packed_tokens`` says instead how many tokens of a micro-batch one rank has. With ``activations = auto`` it is
+    the least that a plan can do with.
     """
     on_cpu = cluster.device.name == "cpu"
     precision = Precision.of(dtype)
@@ -159,7 +170,9 @@ def estimate(
                 **_states(
                     share, degrees, data, precision, optimizer=optimizer, accumulates=micro_batches > 1
                 ),
-                activations_bytes=round(tokens * token.layer * share.layers * in_flight + output),
+                activations_bytes=round(
+                    tokens * _kept(token, activations, layers=share.layers * in_flight) + output
+                ),
                 logits_bytes=round(tokens * token.logits * (losses + 2) * share.is_last),
                 buffers_bytes=round(
                     _moving(share, degrees, data, precision.weight_bytes) + at_work + messages + mask
@@ -177,6 +190,25 @@ def estimate(
         host_bytes=host,
         host_limit_bytes=cluster.host_memory_bytes,
     )
+
+
+def _kept(token: TokenBytes, activations: Activations, *, layers: float) -> float:
+    """Bytes a token that ``layers`` of all micro-batches in flight leave on the device.
+
+    Recomputed layers leave their inputs, and the one at work is whole again; swapped ones pass through two rounding
+    buffers, beside the last two, which stay.
+    """
+    recompute = min(layers * token.layer, layers * token.hidden + token.layer)
+    swap = min(layers, 2 * UNSWAPPED_LAYERS) * token.layer
+    match activations:
+        case Activations.NONE:
+            return layers * token.layer
+        case Activations.RECOMPUTE:
+            return recompute
+        case Activations.SWAP | Activations.MEMO:
+            return swap
+        case Activations.AUTO:
+            return min(recompute, swap)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Prober:
         ``known`` has the place of the tokens in each argument that is made token by token, and None for those that
         are there as a whole. Unless ``exact``, roundings may differ.
         """
-        values, same = [ref.value for ref in node.refs()], _equal if exact else _close
+        values, same = [ref.value for ref in node.refs], _equal if exact else _close
         for sliced in itertools.islice(self._places(values, windows, known), MOST_TRIES):
             for sizes in _sizes(node, self.num_tokens):
                 found = self._try(node, windows, Local(sliced, sizes, ()), same)
@@ -86,7 +86,7 @@ class Prober:
         return (each for each in itertools.product(*choices) if any(each))
 
     def _try(self, node: Node, windows: tuple[Window, ...], plan: Local, same: Same) -> Local | None:
-        refs = node.refs()
+        refs = node.refs
         wholes = [self._random(windows[ref.value]) for ref in refs]
         parts = [
             whole.clone() if rows is None else rows.take(whole, self.start, self.num_tokens)
@@ -96,6 +96,8 @@ class Prober:
             part = perform(node, parts, plan.sizes, num_tokens=self.num_tokens - self.start)
             whole = perform(node, wholes, (), num_tokens=self.num_tokens)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+            return None
+        if len(whole) != len(part):  # tokens cut into pieces of a size that does not count them
             return None
         outs = tuple([self._place(*pair, same) for pair in zip(whole, part, strict=True)])
         return plan._replace(outs=outs) if any(outs) else None

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from .config import DataConfig, ParallelConfig, RunConfig, flatten
+from .config import ActivationsConfig, DataConfig, ParallelConfig, RunConfig, flatten
 from .errors import Problem, nearest
 from .layout import check_layout, check_mesh, check_model
 from .timeouts import check_ladder
-from .vocabulary import DEVICES, PRESETS, DataParallel, ModelShape, Schedule, Sequences
+from .vocabulary import DEVICES, PRESETS, Activations, DataParallel, ModelShape, Schedule, Sequences
 
 __all__ = ["BYTE_TOKENS", "CHOICES", "check_layout", "check_run"]
 
@@ -60,6 +60,9 @@ _RANGES: Mapping[str, _Range] = MappingProxyType(
         "optimizer.clip": _at_least(0),
         "optimizer.warmup_steps": _at_least(0),
         "train.steps": _at_least(1),
+        "activations.alpha": ((lambda value: 0 <= value <= 1), "0 to 1"),
+        "activations.host_gib": _at_least(0),
+        "activations.link_gb_s": _at_least(0),
         "checkpoint.every": _at_least(0),
         "checkpoint.disk_every": _at_least(0),
         "checkpoint.overhead": ((lambda value: 0 < value < 1), "more than 0 and less than 1"),
@@ -86,6 +89,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Problem]:
     if parallel.schedule is Schedule.INTERLEAVED:  # degrees() drops vpp where pp = 1
         degrees = replace(degrees, vpp=parallel.vpp)
     problems = [*_choices(config), *_ranges(config), *_relations(config), *_folders(config)]
+    problems += _activations(config.activations)
     problems += [*check_ladder(config.timeouts), *_sequences(config, degrees.dp)]
     problems += check_mesh(
         degrees,
@@ -163,6 +167,25 @@ def _relations(config: RunConfig) -> Iterator[Problem]:
             "0, or data = hsdp",
             "--set parallel.hsdp_shard=0",
         )
+
+
+def _activations(given: ActivationsConfig) -> Iterator[Problem]:
+    """Values that the chosen mode does not use."""
+    mode = given.mode
+    unused = {
+        "alpha": (1.0, mode is Activations.MEMO),
+        "host_gib": (0.0, mode in (Activations.SWAP, Activations.MEMO, Activations.AUTO)),
+        "link_gb_s": (0.0, mode is Activations.AUTO),
+    }
+    for name, (default, is_used) in unused.items():
+        value = getattr(given, name)
+        if value != default and not is_used:
+            yield Problem(
+                f"activations.{name} is not used by mode = {mode}",
+                f"{name} = {value}",
+                f"{default}",
+                f"--set activations.{name}={default}",
+            )
 
 
 def _sequences(config: RunConfig, dp: int) -> Iterator[Problem]:

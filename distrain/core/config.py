@@ -8,7 +8,15 @@ whether the values can work together. Every field carries its documentation as t
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from distrain.core.vocabulary import PRESETS, DataParallel, Degrees, ModelShape, Schedule, Sequences
+from distrain.core.vocabulary import (
+    PRESETS,
+    Activations,
+    DataParallel,
+    Degrees,
+    ModelShape,
+    Schedule,
+    Sequences,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +192,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationsConfig:
+    """``[activations]``: what layers save for backward stays on the device, goes to the host, or is made again."""
+
+    mode: Activations = Activations.NONE
+    """none, recompute, swap, memo, or auto: planned by layer and token from memory, link and times"""
+    alpha: float = 1.0
+    """with mode = memo: share of the tokens that wait on the host; the others are computed again"""
+    host_gib: float = 0.0
+    """host memory of one node for what is swapped; 0 takes half of what is free (none where the device is the CPU)"""
+    link_gb_s: float = 0.0
+    """with mode = auto: GB/s of one device to the host and back while all copy; 0 measures it at the start"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
     """``[launch]``: ranks that `distrain train` starts on this machine; torchrun and Slurm decide themselves."""
 
@@ -234,6 +256,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)

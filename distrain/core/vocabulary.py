@@ -114,6 +114,21 @@ class Sequences(StrEnum):
     """groups of the sizes that a plan finds for each batch"""
 
 
+class Activations(StrEnum):
+    """What becomes of activations between forward and backward, as ``activations.mode`` names it."""
+
+    NONE = "none"
+    """they stay on the device"""
+    RECOMPUTE = "recompute"
+    """each layer is computed again from its input"""
+    SWAP = "swap"
+    """they wait on the host"""
+    MEMO = "memo"
+    """a share of the tokens waits on the host, the others are computed again (MEMO)"""
+    AUTO = "auto"
+    """a program chooses, for each layer, what is kept, swapped and computed again"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Degrees:
     """Sizes of the mesh axes; ``world_size`` is their product. Ranks count tp fastest, then dp, then pp."""

@@ -23,11 +23,16 @@ from .weights import materialize
 class Assembly:
     """What one rank trains."""
 
-    modules: dict[int, nn.Module]
+    modules: dict[int, Decoder]
     """this rank's stages by their index"""
     data: DataParallelism
     runtime: PipelineRuntime
     loss: "WeightedLoss"
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers of this rank's stages, in their order."""
+        return [layer for _, module in sorted(self.modules.items()) for layer in module.layers.values()]
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +92,7 @@ def assemble(
 
 def _stage(
     shape: ModelShape, layers: tuple[int, int], parallel: Parallel, data: DataParallel, dtype: torch.dtype
-) -> nn.Module:
+) -> Decoder:
     """One stage on the meta device, sharded as the layout says."""
     with torch.device("meta"):
         module = Decoder(shape, first_layer=layers[0], last_layer=layers[1]).to(dtype)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distrain.activation.ledger import ActivationReport
 from distrain.checkpoint.cadence import Auto
 from distrain.checkpoint.checkpointer import Checkpointer
 from distrain.checkpoint.keeper_config import TierConfig
@@ -59,6 +60,8 @@ class StepReport:
     """of this rank"""
     sequences: SequenceReport | None = None
     """where groups of ranks share them"""
+    activations: ActivationReport | None = None
+    """of this rank, where they are managed"""
 
 
 class Hook:
@@ -93,6 +96,8 @@ class WriteEvents(Hook):
             self._events.scalar(name, getattr(report, name), step=report.step)
         if report.sequences is not None:
             self._events.event("sequences", step=report.step, **asdict(report.sequences))
+        if report.activations is not None:
+            self._events.event("activations", step=report.step, **asdict(report.activations))
 
     def on_validation(self, trainer: "Trainer", *, step: int, loss: float) -> None:
         """The validation loss."""
@@ -162,6 +167,7 @@ class Narrate(Hook):
         self._seconds = 0.0
         self._last: StepReport | None = None
         self._note = ""
+        self._is_first = True
 
     def on_start(self, trainer: "Trainer") -> None:
         """Print the layout."""
@@ -185,6 +191,9 @@ class Narrate(Hook):
                 f"  {report.tokens_per_s:>9,.0f} tokens/s  MFU {report.mfu:5.1%}"
                 f"  {report.peak_memory_bytes / 2**20:,.0f} MiB{_sequence_words(report.sequences)}"
             )
+        if report.activations is not None and (self._is_first or not report.activations.as_planned):
+            self._console.print(str(report.activations), markup=False, highlight=False)
+        self._is_first = False
         if report.sequences is not None and report.sequences.note != self._note:
             self._note = report.sequences.note
             said = f"one degree for all groups: {self._note}" if self._note else "the planner's groups again"

@@ -7,7 +7,7 @@ same numbers; only what hooks do with them differs between ranks.
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from distrain.parallel.shards import clip_, squared_norms
 from distrain.parallel.tensor import loss_context
 from distrain.planners.parallel_plan import ParallelPlan
 
+from .activations import manage
 from .assembly import assemble
 from .data.batches import BatchStream, GlobalBatch, total_tokens
 from .data.corpus import Corpus, Split, open_corpus
@@ -74,6 +75,9 @@ class Trainer:
             dtype=dtype,
         )
         self.shares = build_shares(config, plan, parallel)
+        self.activations = manage(config, plan, parallel, self.assembly.layers)
+        if self.activations is not None:
+            self.assembly.runtime.add_hook(self.activations.manager)
         self.optimizer = build_optimizer(
             self.assembly.data.shards,
             config.optimizer,
@@ -112,7 +116,8 @@ class Trainer:
         rate = learning_rate(self.step, optimizer, num_steps=self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self._precision(), loss_context(self.plan.degrees.tp):
+        manager = self.activations.manager if self.activations is not None else nullcontext()
+        with manager, self._precision(), loss_context(self.plan.degrees.tp):
             self.assembly.loss.num_tokens = num_tokens
             losses = self.assembly.runtime.step(share)
         data.reduce()
@@ -148,6 +153,7 @@ class Trainer:
     def describe(self) -> list[str]:
         """The layout in a few lines."""
         plan, degrees, shape, data = self.plan, self.plan.degrees, self.shape, self.config.data
+        mode, managed = self.config.activations.mode, self.activations
         settings = SequenceSettings.of(self.config, plan)
         micro_batches = "planned" if settings and settings.cost else str(plan.micro_batches)
         return [
@@ -157,6 +163,7 @@ class Trainer:
             f"layout   {plan.world_size} ranks = tp {degrees.tp} x pp {degrees.pp} x dp {degrees.dp} ({plan.data}),"
             f" {plan.schedule}, {degrees.num_stages} stages, {micro_batches} micro-batches",
             *([f"sequence {settings.describe()}"] if settings else []),
+            *([f"memory   {mode}: {managed.describe()}"] if managed is not None else []),
             f"data     {data.source}: {self.train_stream.num_sequences:,} sequences of up to {data.seq_len} tokens,"
             f" {data.global_batch} a step",
         ]
@@ -220,6 +227,7 @@ class Trainer:
             mfu=flops / seconds / self._peak_flops,
             peak_memory_bytes=self.parallel.device.peak_memory_bytes(),
             sequences=self._sequence_report(share),
+            activations=self.activations.report() if self.activations is not None else None,
         )
 
     def _sequence_report(self, share: Share) -> SequenceReport | None:

@@ -114,6 +114,7 @@ def prepare(config: RunConfig, *, world_size: int, here: bool) -> Prepared:
         dtype=config.train.dtype,
         optimizer=config.optimizer.name,
         cluster=machine.cluster,
+        activations=config.activations.mode,
         packed_tokens=sequences.packed_tokens(data, micro_batches=micro_batches) if sequences else None,
     )
     raise_if(memory.problems())

@@ -1,0 +1,230 @@
+"""What a rank does with the activations of its layers: ``[activations]`` becomes a plan and a manager that follows it.
+
+With ``mode = "auto"`` the plan solves a program (``planners.activation_policy``): bytes from the formulas of
+``planners.activations``, times from the FLOPs of a layer, the link as it was measured with all ranks copying at once,
+and for memory what the rest of the rank's states leaves of its device. Everything in it is the same on all ranks of a
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distrain.activation.agreement import agree_on
+from distrain.activation.ledger import ActivationReport
+from distrain.activation.manager import ActivationManager
+from distrain.core.config import RunConfig
+from distrain.core.device import Device
+from distrain.core.vocabulary import GIB, Activations, ClusterSpec
+from distrain.parallel import Parallel
+from distrain.planners import schedules
+from distrain.planners.activation_plan import ActivationPlan, uniform
+from distrain.planners.activation_policy import ActivationTask, Choice, TensorGroup, choose
+from distrain.planners.activation_policy.problem import stage_passes
+from distrain.planners.activations import GROUPS, Precision, token_bytes
+from distrain.planners.memory import estimate, gib
+from distrain.planners.parallel_plan import ParallelPlan
+
+from .machine import Machine
+from .sequences.settings import SequenceSettings
+
+ACHIEVED = 0.5
+"""of a device's peak, by a layer"""
+_SAMPLE_BYTES = 64 * 2**20
+_ROUNDS = 5
+
+
+@dataclass(slots=True)
+class Managed:
+    """The layers of one rank under a plan."""
+
+    manager: ActivationManager
+    plan: ActivationPlan
+    choice: Choice | None
+    """of mode auto"""
+
+    def report(self) -> ActivationReport:
+        """What has happened since the last report."""
+        return self.manager.report()
+
+    def describe(self) -> str:
+        """One line for people: the shares of all layers, input and attention aside, and what the plan is worth."""
+        splits = [
+            each for layer in self.plan.layers for each in (layer.before_attention, layer.after_attention)
+        ]
+        total = max(1, sum(split.num_tokens for split in splits))
+        shares = ", ".join(
+            f"{name} {sum(getattr(split, field) for split in splits) / total:.0%}"
+            for name, field in (("kept", "keep"), ("swapped", "swap"), ("computed again", "recompute"))
+        )
+        if self.choice is None:
+            return shares
+        replay = self.choice.replay
+        slower = (replay.stall_s + replay.recompute_s) / replay.total_s
+        return (
+            f"{shares}; planned {gib(replay.device_bytes)} on the device and {gib(replay.host_bytes)} on the host,"
+            f" {slower:.1%} of the time for it, gap {self.choice.gap:.1%}"
+        )
+
+
+def manage(
+    config: RunConfig, plan: ParallelPlan, parallel: Parallel, layers: list[nn.Module]
+) -> Managed | None:
+    """The manager of this rank's ``layers``, in the order of their stages; None with mode none.
+
+    All ranks call it. Raises:
+        InfeasibleError: mode auto, and proven that the activations fit nowhere; says what is short.
+    """
+    mode = config.activations.mode
+    if mode is Activations.NONE:
+        return None
+    cluster = Machine.of(config, world_size=plan.world_size, here=True).cluster
+    _, row_tokens = _row(config, plan)
+    host_bytes = _host_bytes(config, plan, cluster)
+    choice = None
+    if mode is Activations.AUTO:
+        task = task_of(
+            config,
+            plan,
+            cluster,
+            layers=len(layers),
+            pp_rank=parallel.coordinates["pp"],
+            host_bytes=host_bytes,
+            link_bytes_s=config.activations.link_gb_s * 1e9 or measured_link(parallel.device),
+        )
+        choice = choose(task)
+        found = plan_of(task, choice)
+    else:
+        made = uniform(
+            mode.value, num_layers=len(layers), num_tokens=row_tokens, alpha=config.activations.alpha
+        )
+        found = ActivationPlan(layers=made.layers, host_bytes=int(host_bytes) or None)
+    # Groups of sequences recompute their all-to-alls together, whichever ranks they are made of.
+    agree_on(found.digest, [parallel.groups.axis("model")])
+    together = [parallel.groups.axis("tp")] if plan.degrees.tp > 1 else []
+    return Managed(ActivationManager(layers, found, device=parallel.device, groups=together), found, choice)
+
+
+def plan_of(task: ActivationTask, choice: Choice) -> ActivationPlan:
+    """The choice as a manager follows it.
+
+    The program leaves open what becomes of a layer whose backward follows so soon that it never leaves its rounding
+    buffer: it is kept.
+    """
+    stays = [all(counts[layer] == 0 for counts in task.in_flight) for layer in range(task.num_layers)]
+    everything, nothing = (task.num_tokens,) * len(GROUPS), (0,) * len(GROUPS)
+    policy = choice.policy
+    return ActivationPlan.of_policy(
+        [everything if stay else row for stay, row in zip(stays, policy.kept, strict=True)],
+        [nothing if stay else row for stay, row in zip(stays, policy.swapped, strict=True)],
+        groups=GROUPS,
+        num_tokens=task.num_tokens,
+        host_bytes=int(task.host_bytes),
+    )
+
+
+def measured_link(device: Device) -> float:
+    """Bytes a second from this device to pinned host memory and back, the slower way, on the slowest rank.
+
+    All ranks call it, so that they share what they will share.
+    """
+    host = device.pinned(_SAMPLE_BYTES, dtype=torch.uint8)
+    there = torch.empty(_SAMPLE_BYTES, dtype=torch.uint8, device=device.torch_device)
+    times = []
+    for _ in range(_ROUNDS):
+        for source, target in ((there, host), (host, there)):
+            device.synchronize()
+            dist.barrier()
+            start = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            device.synchronize()
+            times.append(time.perf_counter() - start)
+    ways = [sorted(times[way::2])[_ROUNDS // 2] for way in (0, 1)]
+    slowest = torch.tensor(max(ways), dtype=torch.float64, device=device.torch_device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return _SAMPLE_BYTES / float(slowest)
+
+
+def _row(config: RunConfig, plan: ParallelPlan) -> tuple[int, int]:
+    """Rows of a micro-batch on one rank, and the tokens of each that a layer is given."""
+    data, degrees = config.data, plan.degrees
+    settings = SequenceSettings.of(config, plan)
+    if settings is not None:
+        tokens = settings.packed_tokens(data, micro_batches=plan.micro_batches)
+        return 1, max(1, tokens // degrees.tp)
+    return max(1, data.global_batch // (degrees.dp * plan.micro_batches)), max(1, data.seq_len // degrees.tp)
+
+
+def _host_bytes(config: RunConfig, plan: ParallelPlan, cluster: ClusterSpec) -> float:
+    """This rank's share of its node's host memory for what is swapped."""
+    ranks = min(cluster.devices_per_node, plan.world_size)
+    if config.activations.host_gib:
+        return config.activations.host_gib * GIB / ranks
+    if cluster.device.name == "cpu":
+        return 0.0
+    return cluster.host_memory_bytes / 2 / ranks
+
+
+def task_of(
+    config: RunConfig,
+    plan: ParallelPlan,
+    cluster: ClusterSpec,
+    *,
+    layers: int,
+    pp_rank: int,
+    host_bytes: float,
+    link_bytes_s: float,
+) -> ActivationTask:
+    """The program's problem for one pipeline rank with so many layers."""
+    shape, degrees, data = config.model.shape(), plan.degrees, config.data
+    rows, row_tokens = _row(config, plan)
+    precision = Precision.of(config.train.dtype)
+    token = token_bytes(shape, tp=degrees.tp, precision=precision, fused_norms=cluster.device.name != "cpu")
+    tokens = rows * row_tokens * degrees.tp
+    settings = SequenceSettings.of(config, plan)
+    memory = estimate(
+        shape,
+        degrees,
+        schedule=plan.schedule,
+        data=plan.data,
+        micro_batch_size=rows,
+        seq_len=data.seq_len,
+        micro_batches=plan.micro_batches,
+        dtype=config.train.dtype,
+        optimizer=config.optimizer.name,
+        cluster=cluster,
+        packed_tokens=tokens if settings else None,
+    )
+    rank = memory.ranks[pp_rank]
+    second = (
+        degrees.tp * cluster.device.peak_flops * ACHIEVED / tokens
+    )  # FLOPs a token that a layer does in one
+    kv_width = shape.num_kv_heads * shape.head_dim
+    before = 2 * shape.d_model * (shape.d_model + 2 * kv_width)
+    after = 2 * (shape.d_model**2 + 3 * shape.d_model * shape.d_ffn)
+    attention = 2 * shape.d_model * data.seq_len
+    again_s = {"before_attention": before / second, "after_attention": after / second}
+    num_passes = min(plan.micro_batches, 2 * degrees.pp)
+    schedule = schedules.build(
+        plan.schedule,
+        num_ranks=degrees.pp,
+        micro_batches=num_passes - num_passes % degrees.pp or num_passes,
+        stages_per_rank=degrees.vpp,
+    )
+    return ActivationTask(
+        groups=tuple(
+            TensorGroup(name, round(tokens * size), again_s.get(name))
+            for name, size in zip(GROUPS, token.groups, strict=True)
+        ),
+        num_layers=layers,
+        num_tokens=row_tokens,
+        forward_s=(before + after + attention) / second,
+        backward_s=(2 * (before + after) + 2.5 * attention) / second,
+        passes=stage_passes(schedule, rank=pp_rank),
+        d2h_bytes_s=link_bytes_s,
+        h2d_bytes_s=link_bytes_s,
+        host_bytes=host_bytes,
+        device_bytes=max(0.0, memory.device_limit_bytes - rank.total_bytes + rank.activations_bytes),
+    )
