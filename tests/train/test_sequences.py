@@ -299,3 +299,16 @@ def test_a_dry_run_shows_the_groups_and_counts_their_memory(config: Path) -> Non
     assert "sequence adaptive: groups of 1, 2, 4 of 4 slots" in done.stdout
     assert "256 tokens a rank" in done.stdout
     assert not (config.parent / "run").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(180)
+def test_the_example_trains_as_it_says(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "distrain", "train", "examples/adaptive.toml"]
+    small = (f"run_dir={tmp_path}", "train.steps=2", "data.seq_len=3000", "data.global_batch=4")
+    words += [f"--set={item}" for item in (*small, "train.eval_sequences=4")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert "sequence adaptive: groups of 1, 2, 4 of 4 slots" in done.stdout
+    assert len(re.findall(r"^step .* groups .*, predicted .* ms, took", done.stdout, flags=re.MULTILINE)) == 2
