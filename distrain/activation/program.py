@@ -54,17 +54,13 @@ class Node(NamedTuple):
     blank: bool
     """whether of its first argument only the form matters: it is filled, or something is made like it"""
     mutates: bool
+    refs: tuple[Ref, ...]
+    """arguments that are values, in order"""
 
     @property
     def is_call(self) -> bool:
         """Whether it is a collective that fills its first argument and returns work to wait for."""
         return bool(self.func.namespace == "c10d")
-
-    def refs(self) -> list[Ref]:
-        """Arguments that are values."""
-        found: list[Ref] = []
-        _collect((self.args, tuple(value for _, value in self.kwargs)), found)
-        return found
 
 
 class Program(NamedTuple):
@@ -74,14 +70,6 @@ class Program(NamedTuple):
     windows: tuple[Window, ...]
     """of each value"""
     origins: tuple[tuple[int, Origin], ...]
-
-
-def _collect(argument: Any, found: list[Ref]) -> None:
-    if isinstance(argument, Ref):
-        found.append(argument)
-    elif isinstance(argument, tuple):
-        for each in argument:
-            _collect(each, found)
 
 
 def tensors_in(result: Any) -> list[Tensor | None]:

@@ -11,7 +11,7 @@ A recipe is the part of the program that leads to the saved tensors, and stops a
 the layer: what made tensors that nobody saved is left out, the last matrix product among them.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 
@@ -46,6 +46,8 @@ class Recipe:
     steps: tuple[Step, ...]
     rows: dict[int, Rows | None]
     """saved values that it makes; None: made whole, not by token"""
+    inputs: dict[int, int]
+    """values that it starts from and that are the layer's inputs, with the numbers of these"""
     attention: int
     """the first saved value that it cannot make: those before it are before attention"""
 
@@ -92,7 +94,10 @@ def write(
         plans, made = {}, dict.fromkeys(made)
     at_hand = {value for value, each in standing.items() if each is Standing.WHOLE}
     attention = min(at_hand & saved, default=-1)
-    return Recipe(_steps(program, made, at_hand=at_hand, plans=plans), made, attention)
+    steps = _steps(program, made, at_hand=at_hand, plans=plans)
+    read = {ref.value for step in steps for ref in _read(step.node)}
+    inputs = {v: origin.key for v, origin in program.origins if v in read and origin.kind == "input"}
+    return Recipe(steps, made, inputs, attention)
 
 
 _OF_ORIGIN = {"input": Standing.WHOLE, "unknown": Standing.LOST}
@@ -123,9 +128,9 @@ def _done_again(
     return False, prober.local(node, program.windows, places, exact=exact)
 
 
-def _read(node: Node) -> list[Ref]:
+def _read(node: Node) -> Sequence[Ref]:
     """The arguments whose content counts."""
-    return node.refs()[1:] if node.blank else node.refs()
+    return node.refs[1:] if node.blank else node.refs
 
 
 def _ancestors(program: Program, saved: Set[int]) -> list[int]:

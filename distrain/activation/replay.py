@@ -58,7 +58,7 @@ class Replay:
 
     def _do(self, step: Step) -> None:
         node, local = step.node, step.local
-        refs = node.refs()
+        refs = node.refs
         if local is None:
             values = [
                 self._blank(ref.value) if node.blank and i == 0 else self._value(ref.value)

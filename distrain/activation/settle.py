@@ -73,12 +73,7 @@ def _remake(frame: Frame, plan: LayerPlan, program: Program, num_tokens: int) ->
         )
 
     recipe = frame.engine.recipe(key, write_it)
-    needed = {ref.value for step in recipe.steps for ref in step.node.refs()}
-    inputs = {
-        value: frame.add_input(origin.key)
-        for value, origin in program.origins
-        if value in needed and origin.kind == "input"
-    }
+    inputs = {value: frame.add_input(number) for value, number in recipe.inputs.items()}
     return Remake(program, recipe, start, num_tokens, tuple(tape.constants), tuple(tape.seeds), inputs)
 
 

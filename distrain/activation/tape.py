@@ -118,18 +118,22 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused or not self.readable:
             return func(*args, **kwargs)
-        refs_args = tuple([self._encoded(each) for each in args])
-        refs_kwargs = tuple([(name, self._encoded(each)) for name, each in kwargs.items()])
+        refs: list[Ref] = []
+        refs_args = tuple([self._encoded(each, refs) for each in args])
+        refs_kwargs = tuple([(name, self._encoded(each, refs)) for name, each in kwargs.items()])
         seed = self._seed(func, args)
         result = func(*args, **kwargs)
-        self._write(func, refs_args, refs_kwargs, seed, result)
+        self._write(func, refs_args, refs_kwargs, tuple(refs), seed, result)
         return result
 
-    def _encoded(self, argument: Any) -> Any:
+    def _encoded(self, argument: Any, refs: list[Ref]) -> Any:
+        """``argument`` with values in place of tensors; these are added to ``refs``."""
         if isinstance(argument, Tensor):
-            return self._ref(argument)
+            ref = self._ref(argument)
+            refs += [] if ref is None else [ref]
+            return ref
         if isinstance(argument, (list, tuple)):
-            return tuple([self._encoded(each) for each in argument])
+            return tuple([self._encoded(each, refs) for each in argument])
         if isinstance(argument, torch.ScriptObject):
             return _unboxed(argument)
         if isinstance(argument, torch.Generator):
@@ -191,12 +195,14 @@ class Tape(TorchDispatchMode):
         func: Any,
         args: tuple[Any, ...],
         kwargs: tuple[tuple[str, Any], ...],
+        refs: tuple[Ref, ...],
         seed: int | None,
         result: Any,
     ) -> None:
         name = func._schema.name.rpartition("::")[2]
-        node = Node(func, args, kwargs, (), seed, name in FILLS or name in LIKES, func._schema.is_mutable)
-        memories = [self._by_value[ref.value] for ref in node.refs()]
+        blank = name in FILLS or name in LIKES
+        node = Node(func, args, kwargs, (), seed, blank, func._schema.is_mutable, refs)
+        memories = [self._by_value[ref.value] for ref in refs]
         if node.is_call:
             self._call(node, name, memories)
             return

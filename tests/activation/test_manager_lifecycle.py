@@ -323,5 +323,5 @@ def test_impossible_plans_are_refused_with_every_problem() -> None:
     with pytest.raises(ConfigError, match="another number of layers"):
         ActivationManager([Layer()], plan(number=2))
     with pytest.raises(ConfigError, match="no such submodule") as refused:
-        ActivationManager([Layer()], plan(), segments=TokenSegments(core=["frist"]))
+        ActivationManager([Layer()], plan(), segments=TokenSegments(core=["first_"]))
     assert "first" in str(refused.value)
