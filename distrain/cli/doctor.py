@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from distrain.core.config import RunConfig
     from distrain.launch.doctor import Finding
     from distrain.planners.sequence.fit import Fit
 
@@ -115,17 +116,14 @@ def _build() -> None:
 
 
 def _profile(config: Path, overrides: list[str], *, longest: int | None, out: Path, as_json: bool) -> int:
+    from distrain.core.errors import raise_if
     from distrain.core.load import load
     from distrain.launch import run_job
     from distrain.train.prepare import check_all, prepare
     from distrain.train.sequences.profile import Profile, rows
 
-    # The cost model that a run names need not exist yet: this is how it is made.
-    plain = ["parallel.sequence=none", "parallel.sequence_degree=0", "parallel.sequence_ring=0"]
-    plain += ["parallel.sequence_cost="]
-    run = load(
-        config, overrides=[*overrides, *plain], check=lambda run: check_all(run, run.launch.ranks)
-    ).config
+    run = _plain(load(config, overrides=overrides).config)
+    raise_if(check_all(run, run.launch.ranks))
     prepared = prepare(run, world_size=run.launch.ranks, here=True)
     written = prepared.write()
     measured = written.with_name("profile.json")
@@ -145,6 +143,17 @@ def _profile(config: Path, overrides: list[str], *, longest: int | None, out: Pa
     _print_fit(rows(profile, fitted), fitted)
     print(f"written to {out}")
     return 0
+
+
+def _plain(run: "RunConfig") -> "RunConfig":
+    """The run without what its cost model decides, which need not exist yet, and with the least batch there is."""
+    from distrain.core.config import ParallelConfig
+
+    names = ("sequence", "sequence_degree", "sequence_ring", "sequence_cost")
+    default, pp = ParallelConfig(), run.parallel.pp
+    parallel = replace(run.parallel, micro_batches=pp, **{name: getattr(default, name) for name in names})
+    replicas = parallel.degrees(run.launch.ranks).dp
+    return replace(run, parallel=parallel, data=replace(run.data, global_batch=replicas * pp))
 
 
 def _print_fit(samples: "Sequence[tuple[int, str, float, float]]", fitted: "Fit") -> None:

@@ -8,7 +8,6 @@ ends) drops out::
     sample = (many - few) / 2 n                                    medians of rounds in which all shapes take turns
 """
 
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,9 @@ from distrain.train.plan import plan_of_job
 from .profile import Profile, degrees, shapes
 
 ROUNDS = 5
+"""beside one to warm up"""
+BUDGET_S = 90.0
+"""after which no round begins"""
 
 
 class Bench:
@@ -50,7 +52,7 @@ class Bench:
         self._shape = config.model.shape()
         self._num_slots = plan.degrees.dp
         self._few = plan.degrees.pp
-        self._random = random.Random(config.seed)
+        self._random = torch.Generator().manual_seed(config.seed)
         self._assembly = assemble(
             self._shape,
             parallel,
@@ -100,14 +102,15 @@ class Bench:
             self._assembly.runtime.step(micro_batches)
         self._assembly.data.reduce()
         self._parallel.device.synchronize()
-        took = torch.tensor(
-            1e3 * (time.perf_counter() - start),
-            dtype=torch.float64,
-            device=self._parallel.device.torch_device,
-        )
+        took_ms = 1e3 * (time.perf_counter() - start)
         self._assembly.data.updated()
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        return float(took)
+        return self.agreed(took_ms)
+
+    def agreed(self, number: float) -> float:
+        """The largest of all ranks' numbers."""
+        largest = torch.tensor(number, dtype=torch.float64, device=self._parallel.device.torch_device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
 
     def _micro_batches(self, lengths: tuple[int, ...], degree: int, count: int) -> list[MicroBatch]:
         plan, every = _plan(lengths, degree, count, num_slots=self._num_slots)
@@ -117,8 +120,8 @@ class Bench:
         found = []
         for place, row in zip(mine, rows, strict=True):
             num_local = place.layout.num_local
-            ids = [self._random.randrange(self._shape.vocab_size) for _ in range(num_local)]
-            tokens = torch.tensor([ids], device=self._parallel.device.torch_device)
+            ids = torch.randint(self._shape.vocab_size, (1, num_local), generator=self._random)
+            tokens = ids.to(self._parallel.device.torch_device)
             found.append(MicroBatch(tokens, tokens, (1, num_local // tp, self._shape.d_model), packed=row))
         return found
 
@@ -148,16 +151,17 @@ def measure(config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, longes
     bench = Bench(config, plan, parallel)
     wanted = [(lengths, degree) for degree in degrees(plan.degrees.dp) for lengths in shapes(longest)]
     taken: list[list[float]] = [[] for _ in wanted]
+    start = time.monotonic()
     with _progress(parallel.rank, total=(1 + ROUNDS) * len(wanted)) as advance:
-        for round_number in range(1 + ROUNDS):  # the first warms up
+        for _ in range(1 + ROUNDS):
             for times, (lengths, degree) in zip(taken, wanted, strict=True):
-                ms = bench.sample_ms(lengths, degree)
-                if round_number:
-                    times.append(ms)
+                times.append(bench.sample_ms(lengths, degree))
                 advance()
+            if bench.agreed(time.monotonic() - start) > BUDGET_S:
+                break
         memory = [(tokens, bench.peak_bytes(tokens)) for tokens in (longest // 4, longest // 2, longest)]
     samples = [
-        Sample(lengths, degree, max(median(times), 1e-6))
+        Sample(lengths, degree, max(median(times[1:] or times), 1e-6))
         for times, (lengths, degree) in zip(taken, wanted, strict=True)
     ]
     machine = Machine.of(config, world_size=plan.world_size, here=True)
