@@ -4,7 +4,7 @@ Hard instances are generated so that exactly as much lives at the worst moment a
 time by capacity is cut into pieces, at random and also into pinwheels, which no straight cut takes apart; then pieces
 away from the worst moments are dropped or shortened. Heuristics end 10 to 40 % above the capacity. Each is solved at
 several seeds of the search, under its capacity, and each answer is checked by a sweep that shares nothing with the
-search.
+search. The recipes are of kinds that the search can solve; of which it cannot, docs/decisions/0007 tells.
 
 Traces are training steps on fake tensors, up to 20,000 buffers: models of 7B and 65B width, with and without
 checkpointing, and micro-batches of different lengths in a pipeline's order. A gap is held against the max-live bound,

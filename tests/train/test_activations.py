@@ -56,6 +56,7 @@ class Seen(Hook):
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
+    (tmp_path / "cost.toml").write_text(COST)
     path = tmp_path / "run.toml"
     path.write_text(CONFIG.format(folder=tmp_path))
     return path
@@ -79,11 +80,28 @@ MODES = {
     "swap": ("activations.mode=swap", "activations.host_gib=1"),
     "memo": ("activations.mode=memo", "activations.alpha=0.5", "activations.host_gib=1"),
 }
+COST = """
+alpha1 = 1e-5
+alpha2 = 0.01
+beta1 = 1.0
+layers = 6
+hidden = 32
+tokens_per_gpu = 256
+bandwidth_gb_s = { 2 = 0.5 }
+"""
+ADAPTIVE = (
+    "launch.ranks=2",
+    "data.packing=documents",
+    "data.seq_len=512",
+    "parallel.sequence=adaptive",
+    "parallel.sequence_cost={folder}/cost.toml",
+)
 LAYOUTS = {
     "one rank": ("launch.ranks=1",),
     "tp 2": ("launch.ranks=2", "parallel.tp=2"),
     "pp 2": ("launch.ranks=2", "parallel.pp=2", "parallel.micro_batches=4"),
     "fsdp2": ("launch.ranks=2", "parallel.data=fsdp2"),
+    "adaptive": ADAPTIVE,
     "ulysses": ("launch.ranks=2", "parallel.sequence=ulysses", "parallel.sequence_degree=2"),
 }
 
@@ -98,8 +116,9 @@ CASES = [
 @pytest.mark.parametrize(("layout", "mode"), CASES)
 def test_a_managed_run_trains_to_the_bit_as_an_unmanaged_one(config: Path, layout: str, mode: str) -> None:
     ranks = int(LAYOUTS[layout][0].partition("=")[2])
-    plain = run_ranks(train, ranks, config, LAYOUTS[layout])
-    managed = run_ranks(train, ranks, config, (*LAYOUTS[layout], *MODES[mode]))
+    layout_overrides = [each.format(folder=config.parent) for each in LAYOUTS[layout]]
+    plain = run_ranks(train, ranks, config, layout_overrides)
+    managed = run_ranks(train, ranks, config, [*layout_overrides, *MODES[mode]])
     for (expected, validated, _), (found, validated_too, words) in zip(plain, managed, strict=True):
         assert [each.loss for each in found] == [each.loss for each in expected]
         assert [each.grad_norm for each in found] == [each.grad_norm for each in expected]
