@@ -8,9 +8,11 @@ import pytest
 
 from distrain.cli import main
 from distrain.core.errors import DataError
+from distrain.core.load import load as load_run
 from distrain.core.vocabulary import PRESETS
 from distrain.planners.sequence.cost import SequenceCost, load
 from distrain.planners.sequence.fit import Sample
+from distrain.train.prepare import prepare
 from distrain.train.sequences.profile import Profile, degrees, rows, shapes
 
 COST = SequenceCost(
@@ -90,6 +92,10 @@ def test_real_ranks_are_profiled_and_the_cost_model_is_written(
     assert list(found.bandwidth_gb_s) == [2]
     assert found.tokens_per_gpu > 1000
     assert max(found.alpha1, found.alpha2, found.beta1) > 0
+    run = load_run(tmp_path / "run.toml", overrides=[f"parallel.sequence_cost={cost}", "data.global_batch=8"])
+    assert (
+        prepare(run.config, world_size=4, here=True).sequences is not None
+    )  # what was found fits this machine
     assert tomllib.loads(cost.read_text())["tokens_per_gpu"] == said["cost"]["tokens_per_gpu"]
 
 

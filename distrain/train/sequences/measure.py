@@ -26,7 +26,7 @@ from distrain.parallel import MicroBatch, Parallel, init
 from distrain.parallel.sequence.adaptive import SequenceGroups, places
 from distrain.parallel.sequence.layout import usp_degrees
 from distrain.parallel.tensor import loss_context
-from distrain.planners.memory import USABLE, estimate
+from distrain.planners.memory import PROCESS_BYTES, MemoryEstimate, estimate
 from distrain.planners.parallel_plan import ParallelPlan
 from distrain.planners.sequence.fit import Sample
 from distrain.planners.sequence.step_plan import SequenceGroup, StepPlan
@@ -81,14 +81,22 @@ class Bench:
     def peak_bytes(self, num_tokens: int) -> int:
         """Memory of a device while each rank computes one sequence of ``num_tokens``.
 
-        Of a CPU it is estimated: what a process holds says little of its tensors.
+        Of a CPU it is a rank's share of the host, and estimated: what a process holds says little of its tensors.
         """
         device = self._parallel.device
         if device.torch_device.type == "cpu":
-            return self._estimated_bytes(num_tokens)
+            return self._estimate(num_tokens).host_bytes // self._plan.world_size
         device.reset_peak_memory()
         self._step_ms((num_tokens,), 1, self._few)
         return device.peak_memory_bytes()
+
+    def limit_bytes(self) -> int:
+        """What ``peak_bytes`` may reach."""
+        memory = self._estimate(1)
+        if self._parallel.device.torch_device.type == "cpu":
+            of_device = memory.device_limit_bytes + PROCESS_BYTES["cpu"]
+            return min(of_device, memory.host_limit_bytes // self._plan.world_size)
+        return memory.device_limit_bytes
 
     def _step_ms(self, lengths: tuple[int, ...], degree: int, num_micro_batches: int) -> float:
         """A step of equal micro-batches; the slowest rank counts."""
@@ -129,7 +137,7 @@ class Bench:
         enabled = self._config.train.dtype == "bfloat16"
         return torch.autocast(self._parallel.device.torch_device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _estimated_bytes(self, num_tokens: int) -> int:
+    def _estimate(self, num_tokens: int) -> MemoryEstimate:
         machine = Machine.of(self._config, world_size=self._plan.world_size, here=True)
         return estimate(
             self._shape,
@@ -138,12 +146,12 @@ class Bench:
             data=self._plan.data,
             micro_batch_size=1,
             seq_len=num_tokens,
-            micro_batches=self._few,
+            micro_batches=max(2, self._few),
             dtype=self._config.train.dtype,
             optimizer=self._config.optimizer.name,
             cluster=machine.cluster,
             packed_tokens=num_tokens,
-        ).peak_bytes
+        )
 
 
 def measure(config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, longest: int) -> Profile:
@@ -168,7 +176,7 @@ def measure(config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, longes
     return Profile(
         samples=tuple(samples),
         memory=tuple(memory),
-        limit_bytes=int(USABLE * machine.cluster.device.memory_bytes),
+        limit_bytes=bench.limit_bytes(),
         device=f"{plan.world_size} x {machine.cluster.device.name}",
         date=date.today().isoformat(),
     )
