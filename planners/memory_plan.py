@@ -293,7 +293,9 @@ def _whole_device(
         got=f"states {gib(states)} + gathered weights {gib(gathered)} + rounding buffers "
         f"{gib(2 * layer.layer_bytes)} + arena {gib(arena)} = {gib(need)} of a GPU",
         allowed=f"{gib(limit)} ({USABLE:.0%} of {gib(request.hbm_bytes)}); host {gib(request.host_bytes_rank)} a GPU",
-        hint=f"about {length // 1024}K tokens may fit" if length >= 1024 else "the model alone does not fit",
+        hint=f"about {length // 1024}K tokens may fit"
+        if length >= 1024
+        else "more GPUs, since the model alone does not fit",
     )
 
 

@@ -94,7 +94,8 @@ def _read(path: Path) -> list[int]:
     try:
         lines = path.read_text().rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the lengths cannot be read", got=f"{path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError("the lengths cannot be read", got=f"{path}: {why}") from None
     wrong = [(at, line) for at, line in enumerate(lines, 1) if not line.strip().lstrip("-").isdecimal()]
     more = f" and {len(wrong) - _SHOWN} more lines" if len(wrong) > _SHOWN else ""
     shown = ", ".join(f"{line.strip()[:40]!r} (line {at})" for at, line in wrong[:_SHOWN]) + more

@@ -22,7 +22,7 @@ NATIVE = ("distrain.planners.sequence.native", "distrain.planners.buffers.engine
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(help="With --profile: the run to measure.", metavar="[CONFIG]", show_default=False),
+        typer.Argument(help="With --profile: the run to measure.", metavar="CONFIG", show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a value of the run.", metavar="K=V")

@@ -14,6 +14,6 @@ def _plan() -> None:
     """Solve one planning problem: show the plan, how good it is proven to be, and write it with -o."""
 
 
-plan.command()(buffers)
-plan.command()(memory)
-plan.command()(sequence)
+plan.command(short_help="addresses for buffers with known lifetimes")(buffers)
+plan.command(short_help="what is kept, swapped, computed again")(memory)
+plan.command(short_help="groups of ranks for sequences of a step")(sequence)

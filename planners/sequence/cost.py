@@ -131,9 +131,10 @@ def load(source: Path | str) -> SequenceCost:
         data = tomllib.loads(Path(source).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         close = nearest(str(source).lower(), PRESETS)
+        why = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
             "the cost model cannot be read",
-            got=f"{source}: {error}",
+            got=f"{source}: {why}",
             allowed=f"{', '.join(PRESETS)}, or a TOML file",
             hint=close and f"--cost {close}",
         ) from None
