@@ -59,7 +59,7 @@ def sequence(
     model = load_cost(cost)
     numbers = _read(lengths)
     if plot is not None:
-        from distrain.planners.sequence.plots import require
+        from distrain.planners.drawing import require
 
         require()
     console = Console(stderr=True)
@@ -80,9 +80,10 @@ def sequence(
             found.save(output)
             written.append(output)
         if plot is not None:
-            from distrain.planners.sequence.plots import draw
+            from distrain.planners.drawing import draw
+            from distrain.planners.sequence.plots import slots_over_time
 
-            draw(found, plot)
+            draw(plot, [slots_over_time(found)])
             written.append(plot)
     except OSError as error:
         raise ConfigError("this cannot be written", got=f"{error.filename}: {error.strerror}") from None

@@ -116,20 +116,20 @@ def _build() -> None:
 
 
 def _profile(config: Path, overrides: list[str], *, longest: int | None, out: Path, as_json: bool) -> int:
-    from distrain.core.errors import raise_if
+    from distrain.core.errors import ConfigError
     from distrain.core.load import load
     from distrain.launch import run_job
-    from distrain.train.prepare import check_all, prepare
+    from distrain.train.prepare import prepare
     from distrain.train.sequences.profile import Profile, rows
 
-    run = _plain(load(config, overrides=overrides).config)
-    raise_if(check_all(run, run.launch.ranks))
+    if not out.resolve().parent.is_dir():
+        raise ConfigError("this cannot be written", got=f"{out}: no such folder")
+    run = _plain(load(config, overrides=overrides).config, longest=longest)
     prepared = prepare(run, world_size=run.launch.ranks, here=True)
     written = prepared.write()
     measured = written.with_name("profile.json")
     measured.unlink(missing_ok=True)
     worker = [sys.executable, "-m", "distrain.train.sequences.measure", str(written), str(measured)]
-    worker += [str(longest)] if longest else []
     code = run_job(worker, ranks=run.launch.ranks, plan=prepared.plan_path, plain_rank=0)
     if code:
         return code
@@ -145,15 +145,19 @@ def _profile(config: Path, overrides: list[str], *, longest: int | None, out: Pa
     return 0
 
 
-def _plain(run: "RunConfig") -> "RunConfig":
-    """The run without what its cost model decides, which need not exist yet, and with the least batch there is."""
+def _plain(run: "RunConfig", *, longest: int | None) -> "RunConfig":
+    """The run without what its cost model decides, which need not exist yet, with the least batch there is.
+
+    It has a folder of its own: ranks of the run itself, should they start again, read what is in theirs.
+    """
     from distrain.core.config import ParallelConfig
 
     names = ("sequence", "sequence_degree", "sequence_ring", "sequence_cost")
     default, pp = ParallelConfig(), run.parallel.pp
     parallel = replace(run.parallel, micro_batches=pp, **{name: getattr(default, name) for name in names})
     replicas = parallel.degrees(run.launch.ranks).dp
-    return replace(run, parallel=parallel, data=replace(run.data, global_batch=replicas * pp))
+    data = replace(run.data, global_batch=replicas * pp, seq_len=longest or run.data.seq_len)
+    return replace(run, run_dir=str(Path(run.run_dir) / "profile"), parallel=parallel, data=data)
 
 
 def _print_fit(samples: "Sequence[tuple[int, str, float, float]]", fitted: "Fit") -> None:

@@ -85,7 +85,7 @@ def simulate(
 
     scenario = simulation.load_scenario(config, overrides=overrides)
     if plot is not None:
-        from distrain.faults.simulate.plots import require
+        from distrain.planners.drawing import require
 
         require()
     chosen = range(seed, seed + (1 if scenario.failures.trace else seeds))

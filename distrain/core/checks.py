@@ -266,7 +266,7 @@ def _groups(kind: Sequences, degree: int, ring: int, *, dp: int, num_heads: int)
                 "there are more ranks than heads to share",
                 f"{ulysses} ranks, {num_heads} heads on each rank of tensor parallelism",
                 f"at most {num_heads}",
-                "--set parallel.sequence=usp, whose ring takes the rest",
+                "--set parallel.sequence_ring=0" if kind is Sequences.USP else "--set parallel.sequence=usp",
             )
 
 

@@ -28,6 +28,7 @@ class GroupRegistry:
         ``timeout`` is that of collectives in new groups; ``name`` tells the registry from others of this job.
         """
         self._axes, self._timeout, self._name = axes, timeout, name
+        self._num_apart = 0
         self._by_key: dict[tuple[object, ...], dist.ProcessGroup] = {}
         self._times_made: Counter[tuple[object, ...]] = Counter()
         for group in axes.values():
@@ -42,8 +43,9 @@ class GroupRegistry:
             raise ConfigError("unknown mesh axis", got=name, allowed=", ".join(self._axes)) from None
 
     def apart(self, name: str) -> "GroupRegistry":
-        """A registry without groups as yet, for traffic that must not mix with this one's."""
-        return GroupRegistry({}, timeout=self._timeout, name=f"{self._name}/{name}")
+        """A registry without groups as yet, for traffic that must not mix with this one's; all ranks ask alike."""
+        self._num_apart += 1
+        return GroupRegistry({}, timeout=self._timeout, name=f"{self._name}/{name} {self._num_apart}")
 
     def of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         """The group of these ascending global ``ranks``.

@@ -61,7 +61,10 @@ class DataParallelism(MicrobatchHooks, Protocol):
     shards: Sequence[Shard]
 
     def begin(self, micro_batches: int) -> None:
-        """The coming step has so many micro-batches, on every replica; until told otherwise, as many as at the last."""
+        """This replica's coming step has so many micro-batches; until told otherwise, as many as the last.
+
+        Where replicas gather parameters together, they must all have as many.
+        """
 
     def gather(self) -> None:
         """Make all of the model's parameters whole, to look at them; a forward pass does so by itself."""

@@ -1,8 +1,7 @@
 """What a rank does with the activations of its layers: ``[activations]`` becomes a plan and a manager that follows it.
 
-With ``mode = "auto"`` the plan solves a program (``planners.activation_policy``): bytes from the formulas of
-``planners.activations``, times from the FLOPs of a layer, the link as it was measured with all ranks copying at once,
-and for memory what the rest of the rank's states leaves of its device. Everything in it is the same on all ranks of a
+With ``mode = "auto"`` the plan solves a program (``activation_task``), with the link as it was measured while all ranks
+copied at once. All ranks of a stage find the same plan, and check that they have.
 """
 
 import time
@@ -17,21 +16,18 @@ from distrain.activation.ledger import ActivationReport
 from distrain.activation.manager import ActivationManager
 from distrain.core.config import RunConfig
 from distrain.core.device import Device
-from distrain.core.vocabulary import GIB, Activations, ClusterSpec
+from distrain.core.vocabulary import Activations
 from distrain.parallel import Parallel
-from distrain.planners import schedules
 from distrain.planners.activation_plan import ActivationPlan, uniform
-from distrain.planners.activation_policy import ActivationTask, Choice, TensorGroup, choose
-from distrain.planners.activation_policy.problem import stage_passes
-from distrain.planners.activations import GROUPS, Precision, token_bytes
-from distrain.planners.memory import estimate, gib
+from distrain.planners.activation_policy import ActivationTask, Choice, choose
+from distrain.planners.activations import GROUPS
+from distrain.planners.memory import gib
 from distrain.planners.parallel_plan import ParallelPlan
 
+from .activation_task import host_bytes_of, row_of, task_of
 from .machine import Machine
 from .sequences.settings import SequenceSettings
 
-ACHIEVED = 0.5
-"""of a device's peak, by a layer"""
 _SAMPLE_BYTES = 64 * 2**20
 _ROUNDS = 5
 
@@ -70,7 +66,12 @@ class Managed:
 
 
 def manage(
-    config: RunConfig, plan: ParallelPlan, parallel: Parallel, layers: list[nn.Module]
+    config: RunConfig,
+    plan: ParallelPlan,
+    parallel: Parallel,
+    layers: list[nn.Module],
+    *,
+    sequences: SequenceSettings | None,
 ) -> Managed | None:
     """The manager of this rank's ``layers``, in the order of their stages; None with mode none.
 
@@ -81,14 +82,15 @@ def manage(
     if mode is Activations.NONE:
         return None
     cluster = Machine.of(config, world_size=plan.world_size, here=True).cluster
-    _, row_tokens = _row(config, plan)
-    host_bytes = _host_bytes(config, plan, cluster)
+    _, row_tokens = row_of(config, plan, sequences)
+    host_bytes = host_bytes_of(config, plan, cluster)
     choice = None
     if mode is Activations.AUTO:
         task = task_of(
             config,
             plan,
             cluster,
+            sequences=sequences,
             layers=len(layers),
             pp_rank=parallel.coordinates["pp"],
             host_bytes=host_bytes,
@@ -145,86 +147,3 @@ def measured_link(device: Device) -> float:
     slowest = torch.tensor(max(ways), dtype=torch.float64, device=device.torch_device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return _SAMPLE_BYTES / float(slowest)
-
-
-def _row(config: RunConfig, plan: ParallelPlan) -> tuple[int, int]:
-    """Rows of a micro-batch on one rank, and the tokens of each that a layer is given."""
-    data, degrees = config.data, plan.degrees
-    settings = SequenceSettings.of(config, plan)
-    if settings is not None:
-        tokens = settings.packed_tokens(data, micro_batches=plan.micro_batches)
-        return 1, max(1, tokens // degrees.tp)
-    return max(1, data.global_batch // (degrees.dp * plan.micro_batches)), max(1, data.seq_len // degrees.tp)
-
-
-def _host_bytes(config: RunConfig, plan: ParallelPlan, cluster: ClusterSpec) -> float:
-    """This rank's share of its node's host memory for what is swapped."""
-    ranks = min(cluster.devices_per_node, plan.world_size)
-    if config.activations.host_gib:
-        return config.activations.host_gib * GIB / ranks
-    if cluster.device.name == "cpu":
-        return 0.0
-    return cluster.host_memory_bytes / 2 / ranks
-
-
-def task_of(
-    config: RunConfig,
-    plan: ParallelPlan,
-    cluster: ClusterSpec,
-    *,
-    layers: int,
-    pp_rank: int,
-    host_bytes: float,
-    link_bytes_s: float,
-) -> ActivationTask:
-    """The program's problem for one pipeline rank with so many layers."""
-    shape, degrees, data = config.model.shape(), plan.degrees, config.data
-    rows, row_tokens = _row(config, plan)
-    precision = Precision.of(config.train.dtype)
-    token = token_bytes(shape, tp=degrees.tp, precision=precision, fused_norms=cluster.device.name != "cpu")
-    tokens = rows * row_tokens * degrees.tp
-    settings = SequenceSettings.of(config, plan)
-    memory = estimate(
-        shape,
-        degrees,
-        schedule=plan.schedule,
-        data=plan.data,
-        micro_batch_size=rows,
-        seq_len=data.seq_len,
-        micro_batches=plan.micro_batches,
-        dtype=config.train.dtype,
-        optimizer=config.optimizer.name,
-        cluster=cluster,
-        packed_tokens=tokens if settings else None,
-    )
-    rank = memory.ranks[pp_rank]
-    second = (
-        degrees.tp * cluster.device.peak_flops * ACHIEVED / tokens
-    )  # FLOPs a token that a layer does in one
-    kv_width = shape.num_kv_heads * shape.head_dim
-    before = 2 * shape.d_model * (shape.d_model + 2 * kv_width)
-    after = 2 * (shape.d_model**2 + 3 * shape.d_model * shape.d_ffn)
-    attention = 2 * shape.d_model * data.seq_len
-    again_s = {"before_attention": before / second, "after_attention": after / second}
-    num_passes = min(plan.micro_batches, 2 * degrees.pp)
-    schedule = schedules.build(
-        plan.schedule,
-        num_ranks=degrees.pp,
-        micro_batches=num_passes - num_passes % degrees.pp or num_passes,
-        stages_per_rank=degrees.vpp,
-    )
-    return ActivationTask(
-        groups=tuple(
-            TensorGroup(name, round(tokens * size), again_s.get(name))
-            for name, size in zip(GROUPS, token.groups, strict=True)
-        ),
-        num_layers=layers,
-        num_tokens=row_tokens,
-        forward_s=(before + after + attention) / second,
-        backward_s=(2 * (before + after) + 2.5 * attention) / second,
-        passes=stage_passes(schedule, rank=pp_rank),
-        d2h_bytes_s=link_bytes_s,
-        h2d_bytes_s=link_bytes_s,
-        host_bytes=host_bytes,
-        device_bytes=max(0.0, memory.device_limit_bytes - rank.total_bytes + rank.activations_bytes),
-    )

@@ -28,12 +28,10 @@ from .data.corpus import Corpus, Split, open_corpus
 from .data.prefetch import Prefetcher
 from .hooks import Hook, SequenceReport, StepReport
 from .optim import build_optimizer, learning_rate
+from .precision import DTYPES, products
 from .sequences.plans import AHEAD
 from .sequences.settings import SequenceSettings
 from .sequences.shares import Share, build_shares
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
-"""of weights and gradients, by ``train.dtype``: bfloat16 means autocast around float32 weights"""
 
 
 class Trainer:
@@ -74,8 +72,9 @@ class Trainer:
             seed=config.seed,
             dtype=dtype,
         )
-        self.shares = build_shares(config, plan, parallel)
-        self.activations = manage(config, plan, parallel, self.assembly.layers)
+        self.sequences = SequenceSettings.of(config, plan)
+        self.shares = build_shares(config, plan, parallel, sequences=self.sequences)
+        self.activations = manage(config, plan, parallel, self.assembly.layers, sequences=self.sequences)
         if self.activations is not None:
             self.assembly.runtime.add_hook(self.activations.manager)
         self.optimizer = build_optimizer(
@@ -154,8 +153,8 @@ class Trainer:
         """The layout in a few lines."""
         plan, degrees, shape, data = self.plan, self.plan.degrees, self.shape, self.config.data
         mode, managed = self.config.activations.mode, self.activations
-        settings = SequenceSettings.of(self.config, plan)
-        micro_batches = "planned" if settings and settings.cost else str(plan.micro_batches)
+        settings = self.sequences
+        micro_batches = "planned" if settings and settings.is_planned else str(plan.micro_batches)
         return [
             f"model    {self.config.model.preset}: {shape.num_params / 1e6:,.2f} M parameters,"
             f" {shape.num_layers} layers, d {shape.d_model}, {shape.num_heads} heads,"
@@ -197,8 +196,7 @@ class Trainer:
         return share
 
     def _precision(self) -> torch.autocast:
-        enabled = self.config.train.dtype == "bfloat16"
-        return torch.autocast(self.parallel.device.torch_device.type, dtype=torch.bfloat16, enabled=enabled)
+        return products(self.config.train.dtype, self.parallel.device.torch_device)
 
     def _sum_over_ranks(self, losses: Sequence[Tensor], *numbers: Tensor) -> tuple[Tensor, ...]:
         """Loss of the batch, from wherever last stages are, and sums of other numbers, in one collective."""

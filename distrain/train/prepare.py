@@ -60,7 +60,7 @@ class Prepared:
         """The same for people."""
         shape, degrees, plan = self.config.model.shape(), self.plan.degrees, self.plan
         cluster, per_stage = self.machine.cluster, self._stage_params()
-        micro_batches = "planned" if self.sequences and self.sequences.cost else str(plan.micro_batches)
+        micro_batches = "planned" if self.sequences and self.sequences.is_planned else str(plan.micro_batches)
         worst = self.memory.ranks[self.memory.worst_rank]
         parts = {
             "parameters": worst.parameters_bytes,
@@ -100,9 +100,7 @@ def prepare(config: RunConfig, *, world_size: int, here: bool) -> Prepared:
     machine = Machine.of(config, world_size=world_size, here=here)
     plan = layout_of(config, world_size, cluster=machine.cluster)
     sequences, data = SequenceSettings.of(config, plan), config.data
-    # What is planned step by step counts as so many micro-batches that the pipeline is full and gradients add up.
-    is_planned = sequences is not None and sequences.cost is not None
-    micro_batches = max(2, plan.degrees.pp) if is_planned else plan.micro_batches
+    micro_batches = sequences.counted_micro_batches(plan) if sequences else plan.micro_batches
     memory = estimate(
         config.model.shape(),
         plan.degrees,

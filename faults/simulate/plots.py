@@ -6,11 +6,10 @@ a notebook would notice.
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from distrain.core.errors import MissingDependencyError
+from distrain.planners.drawing import require
 
 from .failures import DAY_S
 from .job import Cause, Outcome
@@ -28,17 +27,6 @@ _COLOURS = {
 }
 
 _NAMED = 9  # failure classes with a colour of their own
-
-
-def require() -> None:
-    """Find out before a long simulation whether there can be plots.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        hint = "pip install 'distrain[plot]'"
-        raise MissingDependencyError("plots need matplotlib", got="it is not installed", hint=hint)
 
 
 def plot(folder: Path, outcomes: Sequence[Outcome], curve: Curve | None = None) -> list[Path]:

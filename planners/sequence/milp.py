@@ -30,8 +30,6 @@ from .problem import StepProblem
 from .waves import Packer, Wave
 
 _MORE_CHUNKS = 4
-LIMIT_S = 60.0
-"""for a step, unless another limit is given"""
 
 
 def search(

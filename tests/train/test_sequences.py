@@ -151,7 +151,10 @@ def test_shared_sequences_give_the_losses_of_one_process(config: Path, way: str)
             assert values == pytest.approx(expected, rel=1e-10), name
         first = reports[0].sequences  # later plans may be late, on a busy machine
         assert first is not None and first.note == ""
-        assert len(set(_sizes(first.groups))) > 1 if way == "adaptive" else first.groups
+        if way == "adaptive":
+            assert len(set(_sizes(first.groups))) > 1
+        elif way in ("usp", "ring"):
+            assert set(_sizes(first.groups)) == {4 if way == "usp" else 2}
 
 
 def _sizes(groups: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Times micro-batches on groups of every degree: ``python -m distrain.train.sequences.measure CONFIG OUT [LONGEST]``.
+"""Times micro-batches on groups of every degree: ``python -m distrain.train.sequences.measure CONFIG OUT``.
 
 One rank of a job that computes what training computes, on random tokens: the same stages, groups and kernels. A sample
 is what one more micro-batch adds to a step, so that what a step costs whatever is in it (reductions, the pipeline's
@@ -31,9 +31,9 @@ from distrain.planners.parallel_plan import ParallelPlan
 from distrain.planners.sequence.fit import Sample
 from distrain.planners.sequence.step_plan import SequenceGroup, StepPlan
 from distrain.train.assembly import assemble
-from distrain.train.loop import DTYPES
 from distrain.train.machine import Machine
 from distrain.train.plan import plan_of_job
+from distrain.train.precision import DTYPES, products
 
 from .profile import Profile, degrees, shapes
 
@@ -79,7 +79,7 @@ class Bench:
         return (many - few) / (2 * self._few)
 
     def peak_bytes(self, num_tokens: int) -> int:
-        """Memory of a device while each rank computes one sequence of ``num_tokens``.
+        """Memory of a device while each rank computes one sequence of ``num_tokens``, on the rank that needs most.
 
         Of a CPU it is a rank's share of the host, and estimated: what a process holds says little of its tensors.
         """
@@ -88,15 +88,15 @@ class Bench:
             return self._estimate(num_tokens).host_bytes // self._plan.world_size
         device.reset_peak_memory()
         self._step_ms((num_tokens,), 1, self._few)
-        return device.peak_memory_bytes()
+        return int(self.agreed(device.peak_memory_bytes()))
 
     def limit_bytes(self) -> int:
-        """What ``peak_bytes`` may reach."""
+        """What ``peak_bytes`` may reach; there is no optimizer here, whose states need room in training."""
         memory = self._estimate(1)
         if self._parallel.device.torch_device.type == "cpu":
             of_device = memory.device_limit_bytes + PROCESS_BYTES["cpu"]
             return min(of_device, memory.host_limit_bytes // self._plan.world_size)
-        return memory.device_limit_bytes
+        return memory.device_limit_bytes - memory.ranks[memory.worst_rank].optimizer_bytes
 
     def _step_ms(self, lengths: tuple[int, ...], degree: int, num_micro_batches: int) -> float:
         """A step of equal micro-batches; the slowest rank counts."""
@@ -106,7 +106,8 @@ class Bench:
         dist.barrier()
         self._parallel.device.synchronize()
         start = time.perf_counter()
-        with self._precision(), loss_context(self._plan.degrees.tp):
+        dtype, device = self._config.train.dtype, self._parallel.device.torch_device
+        with products(dtype, device), loss_context(self._plan.degrees.tp):
             self._assembly.runtime.step(micro_batches)
         self._assembly.data.reduce()
         self._parallel.device.synchronize()
@@ -133,10 +134,6 @@ class Bench:
             found.append(MicroBatch(tokens, tokens, (1, num_local // tp, self._shape.d_model), packed=row))
         return found
 
-    def _precision(self) -> torch.autocast:
-        enabled = self._config.train.dtype == "bfloat16"
-        return torch.autocast(self._parallel.device.torch_device.type, dtype=torch.bfloat16, enabled=enabled)
-
     def _estimate(self, num_tokens: int) -> MemoryEstimate:
         machine = Machine.of(self._config, world_size=self._plan.world_size, here=True)
         return estimate(
@@ -154,9 +151,9 @@ class Bench:
         )
 
 
-def measure(config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, longest: int) -> Profile:
+def measure(config: RunConfig, plan: ParallelPlan, parallel: Parallel) -> Profile:
     """Time everything; the same profile on every rank."""
-    bench = Bench(config, plan, parallel)
+    bench, longest = Bench(config, plan, parallel), config.data.seq_len
     wanted = [(lengths, degree) for degree in degrees(plan.degrees.dp) for lengths in shapes(longest)]
     taken: list[list[float]] = [[] for _ in wanted]
     start = time.monotonic()
@@ -219,14 +216,13 @@ def _progress(rank: int, *, total: int) -> Iterator[Callable[[], None]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Arguments: a config, the file to write, and tokens of the longest group (default: the config's seq_len)."""
+    """Arguments: a config, whose seq_len is the longest group, and the file to write."""
     config = load(argv[0]).config
-    longest = int(argv[2]) if len(argv) > 2 else config.data.seq_len
     plan = plan_of_job(config)
     parallel = init(
         plan, device=config.launch.device, timeout=timedelta(seconds=config.timeouts.collective_s)
     )
-    profile = measure(config, plan, parallel, longest=longest)
+    profile = measure(config, plan, parallel)
     if parallel.rank == 0:
         profile.save(Path(argv[1]))
     dist.destroy_process_group()

@@ -10,7 +10,6 @@ The process ends when its input does, hence with whoever started it. It loads no
 
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ class PlannerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the ranks; with theirs, its input ends
         )
         self._setup: str | None = json.dumps(
             {"cost": asdict(cost), "num_slots": num_slots, "schedule": schedule}
@@ -78,7 +78,6 @@ class PlannerProcess:
 
 def serve() -> None:
     """Answer requests on standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted job ends its input soon enough
     first = sys.stdin.readline()
     if not first:
         return
@@ -96,7 +95,10 @@ def serve() -> None:
             reply = {"plan": plan.to_json()}
         except DistrainError as error:
             reply = {"error": str(error)}
-        print(json.dumps(reply), flush=True)
+        try:
+            print(json.dumps(reply), flush=True)
+        except BrokenPipeError:  # whoever asked is gone
+            return
 
 
 def _cost(values: dict[str, Any]) -> SequenceCost:

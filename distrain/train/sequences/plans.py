@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from distrain.core.errors import DistrainError
 from distrain.planners.sequence.homogeneous import dealt, homogeneous
 from distrain.planners.sequence.plan import Wanted
 from distrain.planners.sequence.step_plan import StepPlan
@@ -247,6 +248,21 @@ class _Desk:
 
     def _ask(self, lengths: list[int]) -> StepPlan | str:
         """The planner's answer, of a new process if need be."""
+        try:
+            process = self._started()
+            if process is None:
+                return f"the planner process died {self._num_starts} times"
+            return process.plan(lengths)
+        except (PlannerDied, OSError, DistrainError) as error:
+            with self._news:
+                process, self._process = self._process, None
+            if process is not None:
+                process.close()
+            why = "" if isinstance(error, PlannerDied) else f": {error}"
+            return f"the planner process died{why}"
+
+    def _started(self) -> PlannerProcess | None:
+        """The process, a new one if need be; None if it has died too often or is not wanted any more."""
         with self._news:
             if self._process is None and not self._is_closed and self._num_starts < MOST_STARTS:
                 self._num_starts += 1
@@ -254,11 +270,4 @@ class _Desk:
                 self._process = PlannerProcess(
                     settings.cost_model, num_slots=settings.num_slots, schedule=self._schedule
                 )
-        if self._process is None:
-            return f"the planner process died {self._num_starts} times"
-        try:
-            return self._process.plan(lengths)
-        except PlannerDied:
-            self._process.close()
-            self._process = None
-            return "the planner process died"
+            return self._process

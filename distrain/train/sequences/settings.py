@@ -41,6 +41,15 @@ class SequenceSettings:
         )
 
     @property
+    def is_planned(self) -> bool:
+        """Whether each batch has a plan of its own."""
+        return self.cost is not None
+
+    def counted_micro_batches(self, plan: ParallelPlan) -> int:
+        """Micro-batches for estimates: with plans, so many that the pipeline is full and gradients add up."""
+        return max(2, plan.degrees.pp) if self.is_planned else plan.micro_batches
+
+    @property
     def cost_model(self) -> SequenceCost:
         """``cost``, where plans are adaptive."""
         assert self.cost is not None

@@ -53,12 +53,13 @@ class Shares(Protocol):
         """No share will be needed any more."""
 
 
-def build_shares(config: RunConfig, plan: ParallelPlan, parallel: Parallel) -> Shares:
-    """Shares as ``parallel.sequence`` says."""
-    settings = SequenceSettings.of(config, plan)
-    if settings is None:
+def build_shares(
+    config: RunConfig, plan: ParallelPlan, parallel: Parallel, *, sequences: SequenceSettings | None
+) -> Shares:
+    """Shares as ``parallel.sequence`` says, which ``sequences`` has worked out."""
+    if sequences is None:
         return RowShares(config.model.shape(), plan, parallel)
-    return PackedShares(config.model.shape(), plan, parallel, settings)
+    return PackedShares(config.model.shape(), plan, parallel, sequences)
 
 
 class RowShares:
