@@ -209,7 +209,8 @@ def copied_share(session: Session) -> float:
             seconds, moved = _swap_seconds(manager, layers[0], x)
             shares.append(moved.swapped_bytes / seconds / pinned_bandwidth())
             del y
-    return max(shares)
+    known = [share for share in shares if not math.isnan(share)]
+    return statistics.median(known) if known else math.nan
 
 
 def _swap_seconds(manager: ActivationManager, layer: nn.Module, x: Tensor) -> tuple[float, ActivationReport]:
@@ -218,7 +219,8 @@ def _swap_seconds(manager: ActivationManager, layer: nn.Module, x: Tensor) -> tu
         alone_s = _seconds(lambda: layer(x))
     kept: list[Any] = []
     total_s = _seconds(lambda: kept.append(layer(x)))
-    return max(total_s - alone_s, 1e-9), manager.report()
+    more_s = total_s - alone_s
+    return more_s if more_s > 0 else math.nan, manager.report()  # nothing is known where noise is larger
 
 
 def _seconds(work: Callable[[], object]) -> float:

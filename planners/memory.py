@@ -65,6 +65,8 @@ class RankMemory:
     activations_bytes: int
     logits_bytes: int
     buffers_bytes: int
+    output_bytes: int = 0
+    """the part of ``activations_bytes`` that no layer keeps, but the head"""
 
     @property
     def total_bytes(self) -> int:
@@ -173,6 +175,7 @@ def estimate(
                 activations_bytes=round(
                     tokens * _kept(token, activations, layers=share.layers * in_flight) + output
                 ),
+                output_bytes=round(output),
                 logits_bytes=round(tokens * token.logits * (losses + 2) * share.is_last),
                 buffers_bytes=round(
                     _moving(share, degrees, data, precision.weight_bytes) + at_work + messages + mask

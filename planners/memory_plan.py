@@ -21,9 +21,9 @@ from distrain.core.vocabulary import Schedule
 from . import schedules
 from .activation_policy import ActivationTask, Choice, MemoAlpha, TensorGroup, choose, memo_alpha
 from .activation_policy.problem import Pass, stage_passes
-from .activation_policy.program import raise_if_impossible
 from .buffers import Buffer, BufferPlan, Levels, solve, solve_by_layers
 from .buffers.engine import Engine
+from .buffers.problem import aligned
 from .memory import USABLE, gib
 from .memory_request import LayerFacts, MemoryRequest
 
@@ -168,7 +168,6 @@ def plan_memory(
     left = USABLE * request.hbm_bytes - states - gathered - arena
     task = activation_task(request, layer, device_bytes=left)
     try:
-        raise_if_impossible(task)
         choice = choose(task, time_limit_s=time_limit_s)
     except InfeasibleError as error:
         error.problems += (_whole_device(request, layer, states, gathered, arena),)
@@ -254,15 +253,15 @@ def _arena(request: MemoryRequest, layer: LayerFacts) -> tuple[tuple[Buffer, ...
         start = now
         for number, (transients, ticks) in enumerate(parts):
             for each in transients:
-                size = -(-each.size // ALIGNMENT) * ALIGNMENT
-                found.append(Buffer(f"{name}.{number}.{each.id}", now + each.lower, now + each.upper, size))
+                name_of_it = f"{name}.{number}.{each.id}"
+                found.append(Buffer(name_of_it, now + each.lower, now + each.upper, each.size))
             now += ticks
         passes.append((start, now))
 
     for number in range(request.stage_layers):
         run(f"F{number}", (layer.forward, layer.forward_ticks))
     shape, rows = request.shape, min(LOGIT_TOKENS, layer.num_tokens)
-    logits = rows * request.tp * shape.vocab_size // request.tp * 4
+    logits = rows * shape.vocab_size * 4
     head = now
     found += [Buffer("logits", now, now + 2, logits), Buffer("logits.grad", now + 1, now + 3, logits)]
     now += 3
@@ -273,7 +272,7 @@ def _arena(request: MemoryRequest, layer: LayerFacts) -> tuple[tuple[Buffer, ...
         found.append(Buffer(f"{name}.gradient", born, now, layer.hidden_bytes))
         born = start + layer.forward_ticks + layer.gradient_birth
     found.append(Buffer("embedding.gradient", born, now + 1, layer.hidden_bytes))
-    return tuple(found), passes
+    return aligned(found, alignment=ALIGNMENT), passes
 
 
 def _whole_device(

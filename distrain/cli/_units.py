@@ -24,10 +24,11 @@ _EXAMPLES = {
 
 
 def number(text: str, *, kind: str, flag: str, problems: list[Problem]) -> float:
-    """``text`` as a number of ``kind``; 0, and one more of ``problems``, if it is none or not positive."""
+    """``text`` as a number of ``kind``; 0, and one more of ``problems``, if it is none or below 1."""
     found = _NUMBER.match(text)
     unit = found.group(2).lower() if found else ""
-    if found is None or unit not in UNITS[kind] or float(found.group(1)) <= 0:
+    size = UNITS[kind].get(unit, 0.0)
+    if found is None or float(found.group(1)) * size < 1:
         problems.append(Problem(f"{flag} cannot be read", got=text, allowed=_EXAMPLES[kind]))
         return 0.0
-    return float(found.group(1)) * UNITS[kind][unit]
+    return float(found.group(1)) * size

@@ -70,12 +70,18 @@ def task_of(
         packed_tokens=tokens if sequences else None,
     )
     rank = memory.ranks[pp_rank]
+    of_layers = rank.activations_bytes - rank.output_bytes
     flops_per_token_s = degrees.tp * cluster.device.peak_flops * ACHIEVED / tokens
     kv_width = shape.num_kv_heads * shape.head_dim
     before = 2 * shape.d_model * (shape.d_model + 2 * kv_width)
     after = 2 * (shape.d_model**2 + 3 * shape.d_model * shape.d_ffn)
     attention = 2 * shape.d_model * data.seq_len
-    again_s = {"before_attention": before / flops_per_token_s, "after_attention": after / flops_per_token_s}
+    # Nothing that backward needs comes out of the layer's last product, so it is not done again.
+    again_after = after - 2 * shape.d_model * shape.d_ffn
+    again_s = {
+        "before_attention": before / flops_per_token_s,
+        "after_attention": again_after / flops_per_token_s,
+    }
     num_passes = min(micro_batches, 2 * degrees.pp)
     schedule = schedules.build(
         plan.schedule,
@@ -96,5 +102,5 @@ def task_of(
         d2h_bytes_s=link_bytes_s,
         h2d_bytes_s=link_bytes_s,
         host_bytes=host_bytes,
-        device_bytes=max(0.0, memory.device_limit_bytes - rank.total_bytes + rank.activations_bytes),
+        device_bytes=max(0.0, memory.device_limit_bytes - rank.total_bytes + of_layers),
     )

@@ -42,6 +42,16 @@ def _dropped_and_made_again(rank: int, world_size: int) -> list[float]:
     return sums
 
 
+def _apart_twice(rank: int, world_size: int) -> list[float]:
+    groups = init(Degrees(dp=world_size), device="cpu").groups
+    return [_sum(groups.apart("test").of((0, 1))) for _ in range(2)]
+
+
+@pytest.mark.ranks
+def test_two_registries_of_one_purpose_have_groups_of_their_own() -> None:
+    assert run_ranks(_apart_twice, 2) == [[1, 1], [1, 1]]
+
+
 @pytest.mark.ranks
 def test_a_group_can_be_given_up_and_made_again() -> None:
     assert run_ranks(_dropped_and_made_again, 2) == [[1, 1, 1]] * 2
