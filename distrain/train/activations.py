@@ -106,7 +106,10 @@ def manage(
     # Groups of sequences recompute their all-to-alls together, whichever ranks they are made of.
     agree_on(found.digest, [parallel.groups.axis("model")])
     together = [parallel.groups.axis("tp")] if plan.degrees.tp > 1 else []
-    return Managed(ActivationManager(layers, found, device=parallel.device, groups=together), found, choice)
+    manager = ActivationManager(layers, found, device=parallel.device, groups=together)
+    if choice is not None:  # pinning takes its time: not in the first step
+        manager.reserve_host(int(choice.replay.host_bytes))
+    return Managed(manager, found, choice)
 
 
 def plan_of(task: ActivationTask, choice: Choice) -> ActivationPlan:

@@ -12,10 +12,8 @@ from functools import cached_property
 
 from distrain.core.errors import Problem, raise_if
 
+from ..activation_plan import TOKENS
 from ..schedules import Op, PipelineSchedule
-
-TOKENS = 128
-"""rows are counted in this many, so that kernels see whole tiles and give the same bits for a part as for all"""
 
 ROUNDING_BUFFERS = 2
 
