@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distrain.core.device import Event
 
 from .engine import Engine
-from .program import Origin, Program
+from .program import Draw, Origin, Program
 from .recipe import Recipe
 from .replay import Replay
 from .storage import Window, aligned, taken_apart
@@ -40,7 +40,7 @@ class Remake:
     """first token that is made again"""
     num_tokens: int
     constants: Sequence[Tensor]
-    seeds: Sequence[Tensor]
+    seeds: Sequence[Draw]
     inputs: Mapping[int, Unit]
     """where the inputs lie that it starts from, by their values"""
 

@@ -95,6 +95,8 @@ class Prober:
         try:
             part = perform(node, parts, plan.sizes, num_tokens=self.num_tokens - self.start)
             whole = perform(node, wholes, (), num_tokens=self.num_tokens)
+        except torch.OutOfMemoryError:
+            raise  # it says nothing of the operator, and what is found here is kept for good
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             return None
         if len(whole) != len(part):  # tokens cut into pieces of a size that does not count them

@@ -58,9 +58,21 @@ class Node(NamedTuple):
     """arguments that are values, in order"""
 
     @property
+    def name(self) -> str:
+        """Of the operator, without its namespace and overload."""
+        return str(self.func._schema.name.rpartition("::")[2])
+
+    @property
     def is_call(self) -> bool:
         """Whether it is a collective that fills its first argument and returns work to wait for."""
         return bool(self.func.namespace == "c10d")
+
+
+class Draw(NamedTuple):
+    """Where a generator was before an operator drew from it."""
+
+    device: torch.device
+    state: Tensor
 
 
 class Program(NamedTuple):

@@ -7,6 +7,9 @@ Going through a program in order, each value gets a standing::
     Rows     it follows token by token from values at hand, and these are the places of its tokens
     LOST     none of these: it is not saved, and what needs it is put by whole
 
+What was only reserved (``empty_like``) counts as lost to all who read it but collectives: between the two somebody
+filled it whom no mode sees, such as a Triton kernel.
+
 A recipe is the part of the program that leads to the saved tensors, and stops at what is at hand. It is shorter than
 the layer: what made tensors that nobody saved is left out, the last matrix product among them.
 """
@@ -18,6 +21,11 @@ from enum import Enum
 from .locality import Local, Prober
 from .program import Node, Program, Ref
 from .rows import Rows
+
+EMPTIES = frozenset(
+    ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
+)
+"""operators that reserve memory and leave in it what was there"""
 
 
 class Standing(Enum):
@@ -71,12 +79,15 @@ def write(
     standing: dict[int, Standing | Rows] = dict.fromkeys(spoiled, Standing.LOST)
     for value, origin in program.origins:
         standing.setdefault(value, _OF_ORIGIN.get(origin.kind, Standing.FREE))
+    blank = {out for node in program.nodes if node.name in EMPTIES for out in node.outs}
     plans: dict[int, Local] = {}
     for number in _ancestors(program, saved):
         node = program.nodes[number]
         free, local = False, None
         if number not in never:
-            free, local = _done_again(node, program, standing, prober, exact=number not in trusted)
+            free, local = _done_again(
+                node, program, standing, prober, blank=blank, exact=number not in trusted
+            )
         if local is not None:
             plans[number] = local
         for place, out in enumerate(node.outs):
@@ -114,11 +125,12 @@ def _done_again(
     standing: Mapping[int, Standing | Rows],
     prober: Prober | None,
     *,
+    blank: Set[int | None],
     exact: bool,
 ) -> tuple[bool, Local | None]:
     """Whether ``node`` is done on all tokens, or how on some of them; neither if its arguments are lost."""
     known = {ref.value: standing[ref.value] for ref in _read(node)}
-    if Standing.LOST in known.values():
+    if Standing.LOST in known.values() or (not node.is_call and not blank.isdisjoint(known)):
         return False, None
     if node.blank or prober is None or all(each is Standing.FREE for each in known.values()):
         return True, None

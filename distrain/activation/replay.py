@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .locality import perform
-from .program import Node, generator_state, set_generator_state
+from .program import Draw, Node, generator_state, set_generator_state
 from .recipe import Recipe, Step
 from .rows import dense
 from .storage import Window
@@ -30,7 +30,7 @@ class Replay:
         recipe: Recipe,
         *,
         windows: Sequence[Window],
-        seeds: Sequence[Tensor],
+        seeds: Sequence[Draw],
         device: torch.device,
         at_hand: Callable[[int], Tensor],
         done: Done,
@@ -92,9 +92,10 @@ class Replay:
     def _drawing(self, node: Node, values: list[Tensor]) -> list[Tensor | None]:
         if node.seed is None:
             return perform(node, values, (), num_tokens=self._num_tokens)
-        present = generator_state(self._device)
-        set_generator_state(self._seeds[node.seed], self._device)
+        device, state = self._seeds[node.seed]
+        present = generator_state(device)
+        set_generator_state(state, device)
         try:
             return perform(node, values, (), num_tokens=self._num_tokens)
         finally:
-            set_generator_state(present, self._device)
+            set_generator_state(present, device)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .program import Group, Node, Origin, Program, Ref, generator_state, tensors_in
+from .program import Draw, Group, Node, Origin, Program, Ref, generator_state, tensors_in
 from .storage import Window, taken_apart
 
 FILLS = frozenset(
@@ -74,7 +74,7 @@ class Tape(TorchDispatchMode):
         self.core_depth = 0
         """how many declared cores are running: what they compute is never recomputed"""
         self.constants: list[Tensor] = []
-        self.seeds: list[Tensor] = []
+        self.seeds: list[Draw] = []
         self.readable = True
         """False once something was met that cannot be written down"""
         self.trusted_depth = 0
@@ -121,7 +121,7 @@ class Tape(TorchDispatchMode):
         refs: list[Ref] = []
         refs_args = tuple([self._encoded(each, refs) for each in args])
         refs_kwargs = tuple([(name, self._encoded(each, refs)) for name, each in kwargs.items()])
-        seed = self._seed(func, args)
+        seed = self._seed(func, args, kwargs)
         result = func(*args, **kwargs)
         self._write(func, refs_args, refs_kwargs, tuple(refs), seed, result)
         return result
@@ -183,11 +183,12 @@ class Tape(TorchDispatchMode):
         memory.values[window] = number
         return number
 
-    def _seed(self, func: Any, args: tuple[Any, ...]) -> int | None:
+    def _seed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return None
-        device = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
-        self.seeds.append(generator_state(device))
+        like = next((each.device for each in args if isinstance(each, Tensor)), "cpu")
+        device = torch.device(kwargs.get("device") or like)
+        self.seeds.append(Draw(device, generator_state(device)))
         return len(self.seeds) - 1
 
     def _write(
@@ -199,9 +200,9 @@ class Tape(TorchDispatchMode):
         seed: int | None,
         result: Any,
     ) -> None:
-        name = func._schema.name.rpartition("::")[2]
-        blank = name in FILLS or name in LIKES
-        node = Node(func, args, kwargs, (), seed, blank, func._schema.is_mutable, refs)
+        node = Node(func, args, kwargs, (), seed, False, func._schema.is_mutable, refs)
+        name = node.name
+        node = node._replace(blank=name in FILLS or name in LIKES)
         memories = [self._by_value[ref.value] for ref in refs]
         if node.is_call:
             self._call(node, name, memories)

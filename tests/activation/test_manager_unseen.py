@@ -1,0 +1,137 @@
+"""What the tape does not see, or sees too late: gradients are right to the bit, or there is an error."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distrain.activation.manager import ActivationManager
+from distrain.activation.tape import Tape
+from distrain.planners.activation_plan import ActivationPlan, LayerPlan, Split, snap, uniform
+
+NUM_TOKENS, WIDTH = 256, 16
+WAYS = {
+    "memo": LayerPlan.of(snap(NUM_TOKENS, swap=0.5)),
+    "all again": LayerPlan.of(Split(recompute=NUM_TOKENS)),
+    "keep half": LayerPlan.of(snap(NUM_TOKENS, keep=0.5)),
+    "recompute": uniform("recompute", num_layers=1, num_tokens=NUM_TOKENS).layers[0],
+}
+
+
+def plan(way: str) -> ActivationPlan:
+    return ActivationPlan(layers=(WAYS[way],))
+
+
+def sample() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(1, NUM_TOKENS, WIDTH, generator=generator).requires_grad_()
+
+
+class Layer(nn.Module):
+    """Does what it is told between two matrices."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.middle(self.first(x)).exp())
+        return result
+
+
+def grads(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    loss = layer(x).square().mean()
+    return list(torch.autograd.grad(loss, [x, *layer.parameters()]))
+
+
+def assert_same(found: list[Tensor], truth: list[Tensor]) -> None:
+    assert len(found) == len(truth) and all(map(torch.equal, found, truth))
+
+
+class Unseen(torch.autograd.Function):
+    """A kernel below the dispatcher, as Triton's are: it fills memory that torch has only reserved."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, reserve: Callable[[Tensor], Tensor]) -> Tensor:
+        out = reserve(y)
+        out.numpy()[...] = y.detach().numpy() * 3
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * 3, None
+
+
+RESERVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "empty": lambda y: torch.empty(y.shape),
+    "empty_like": torch.empty_like,
+    "empty_strided": lambda y: torch.empty_strided(y.shape, y.stride()),
+    "new_empty": lambda y: y.new_empty(y.shape),
+}
+
+
+@pytest.mark.parametrize("reserve", RESERVE.values(), ids=RESERVE)
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_that_a_kernel_fills_unseen_is_not_taken_for_what_it_was_before(
+    way: str, reserve: Callable[[Tensor], Tensor]
+) -> None:
+    def middle(y: Tensor) -> Tensor:
+        filled: Tensor = Unseen.apply(y, reserve)  # type: ignore[no-untyped-call]
+        return (y + filled).sin()
+
+    layer = Layer(middle)
+    truth = grads(layer, sample())
+    with ActivationManager([layer], plan(way)):
+        assert_same(grads(layer, sample()), truth)
+
+
+def test_the_generator_of_the_device_that_is_named_is_put_back() -> None:
+    here = torch.zeros(2)
+    with Tape({}, []) as tape:
+        torch.rand(2)
+        torch.rand(2, device="meta")
+        torch.rand_like(here)
+        torch.rand_like(here, device="meta")
+    assert [draw.device.type for draw in tape.seeds] == ["cpu", "meta", "cpu", "meta"]
+
+
+class Tight:
+    """An operator that a full device refuses from the second call on, while ``is_full``."""
+
+    is_full = False
+    num_calls = 0
+
+
+@torch.library.custom_op("distrain_test::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    Tight.num_calls += 1
+    if Tight.is_full and Tight.num_calls > 1:
+        raise torch.OutOfMemoryError("the device is full")
+    return x * 2
+
+
+doubled.register_autograd(lambda ctx, grad: grad * 2, setup_context=lambda ctx, inputs, output: None)
+
+
+def test_a_device_that_is_full_while_an_operator_is_tried_says_nothing_of_the_operator() -> None:
+    layer = Layer(lambda y: doubled(y))
+    truth = grads(layer, sample())
+    with ActivationManager([layer], plan("memo")) as manager:
+        Tight.num_calls, Tight.is_full = 0, True
+        try:
+            with pytest.raises(torch.OutOfMemoryError):
+                grads(layer, sample())
+        finally:
+            Tight.is_full = False
+        gc.collect()
+        manager.report()
+        assert_same(grads(layer, sample()), truth)
+        report = manager.report()
+    with ActivationManager([layer], plan("memo")) as fresh:
+        grads(layer, sample())
+    assert report.recomputed_bytes == fresh.report().recomputed_bytes > 0
