@@ -25,8 +25,9 @@ import pulp
 
 from distrain.core.errors import InfeasibleError, UndecidedError
 
+from ..activation_plan import TOKENS
 from ..solve import solve
-from .problem import ROUNDING_BUFFERS, TOKENS, ActivationTask, Policy, whole_tokens
+from .problem import ROUNDING_BUFFERS, ActivationTask, Policy, whole_tokens
 from .replay import Replay, replay
 
 _GIB = 2**30
