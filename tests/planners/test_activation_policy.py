@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from distrain.core.errors import ConfigError, InfeasibleError
 from distrain.core.vocabulary import Schedule
+from distrain.planners.activation_plan import TOKENS
 from distrain.planners.activation_policy import (
     ActivationTask,
     MemoAlpha,
@@ -18,7 +19,7 @@ from distrain.planners.activation_policy import (
     memo_alpha,
     replay,
 )
-from distrain.planners.activation_policy.problem import TOKENS, Pass, stage_passes, uniform, whole_tokens
+from distrain.planners.activation_policy.problem import Pass, stage_passes, uniform, whole_tokens
 from distrain.planners.closed_forms import depth
 from distrain.planners.schedules import build
 
