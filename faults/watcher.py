@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .inject.capabilities import probe
+from .inject.cgroups import sweep
 
 MARK = "DISTRAIN_DRILL"
 WELL = b"well\n"
@@ -56,7 +56,7 @@ def end(mark: str) -> None:
     started = time.monotonic()
     told: set[int] = set()
     while (left := _marked(mark)) and (waited_s := time.monotonic() - started) < GRACE_S + PERSISTENCE_S:
-        probe()  # takes away groups whose owner is dead, and lets go of what is frozen there
+        sweep()
         for pid in left:
             if pid not in told or waited_s > GRACE_S:
                 with contextlib.suppress(ProcessLookupError):
@@ -81,4 +81,4 @@ if __name__ == "__main__":
         signal.signal(signum, signal.SIG_IGN)
     if sys.stdin.buffer.read() != WELL:
         end(sys.argv[1])
-        probe()
+        sweep()

@@ -54,6 +54,12 @@ def find_controller(name: str, *, mounts: Path = MOUNTS) -> Controller | None:
     return None
 
 
+def sweep() -> None:
+    """Take away the groups of owners that are dead, and let go of what is frozen there."""
+    for name in _KNOBS:
+        find_controller(name)
+
+
 def _candidates(name: str, mounts: Path) -> Iterator[Controller]:
     """The group of this process and those above it, nearest first."""
     for version, mount in ((1, mounts / name), (2, mounts), (2, mounts / "unified")):
@@ -103,10 +109,16 @@ def _is_gone(pid: str) -> bool:
 def fellows(pid: int) -> list[int]:
     """All processes of the emulated node that a process belongs to; none if its node has no group."""
     controller = find_controller("freezer")
-    home = _home(pid, "freezer", controller.version, controller.mount) if controller else None
-    if home is None or not home.name.startswith(NODE):
+    try:
+        home = _home(pid, "freezer", controller.version, controller.mount) if controller else None
+        return _members(home) if home and home.name.startswith(NODE) else []
+    except OSError:  # the process or its whole node has just ended
         return []
-    return [int(word) for word in (home / "cgroup.procs").read_text().split()]
+
+
+def _members(group: Path) -> list[int]:
+    """The processes in a group that have a number here; the kernel lists those of other pid namespaces as 0."""
+    return [int(word) for word in (group / "cgroup.procs").read_text().split() if word != "0"]
 
 
 class Group:
@@ -189,7 +201,7 @@ class Group:
 
     def pids(self) -> list[int]:
         """The processes in the group."""
-        return [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
+        return _members(self.path)
 
     def _killed(self) -> list[int]:
         pids = self.pids()

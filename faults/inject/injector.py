@@ -148,6 +148,8 @@ class Injector:
     def _obey(self, client: _Client, table: Mapping[str, Any]) -> None:
         if table.get("do") == "hello":
             client.hello = table
+        elif "fault" not in table:  # an answer that came too late
+            return
         elif "after_s" in table:
             self._timers.after(float(table["after_s"]), partial(self._inject, client, table))
         else:
@@ -169,15 +171,16 @@ class Injector:
         note = partial(
             self._truth.write, fault=number, kind=fault.kind, victim=victim, step=request.get("step")
         )
-        pids = self._pids(fault, client) if client.connection in self._clients else []
-        if not pids:
-            note(FAILED, pid=0, detail={"reason": "no such process"})
-            return {"failed": number}
-        note(FIRED, pid=pids[0], detail={"pids": pids} if len(pids) > 1 else {})
+        pids: list[int] = []
         try:
+            if client.connection in self._clients:
+                pids = self._pids(fault, client)
+            if not pids:
+                raise ProcessLookupError("no such process")
+            note(FIRED, pid=pids[0], detail={"pids": pids} if len(pids) > 1 else {})
             undo = EFFECTS[fault.kind](self._hit(number, victim, pids))
         except OSError as error:
-            note(FAILED, pid=pids[0], detail={"reason": str(error)})
+            note(FAILED, pid=pids[0] if pids else 0, detail={"reason": str(error)})
             return {"failed": number}
         if undo is not None:
             self._undo[number, victim] = undo
@@ -224,10 +227,18 @@ class Injector:
 
 def _order(carrier: socket.socket, **table: Any) -> None:
     """Ask whoever carries the nodes' packets for something, and wait until it is done; raises OSError."""
+    lines = Lines()
     carrier.settimeout(ORDER_S)
     try:
         carrier.sendall(encode(table))
-        if not carrier.recv(LINE_BYTES):
-            raise ConnectionError("whoever carried the packets of the nodes is gone")
+        while data := carrier.recv(LINE_BYTES):
+            for answer in lines.add(data):
+                if answer.get("failed") == table["name"]:
+                    raise OSError(answer.get("reason", "refused"))
+                if answer.get("done") == table["name"]:  # others answer what was given up
+                    return
+        raise ConnectionError("whoever carried the packets of the nodes is gone")
+    except ValueError as error:
+        raise ConnectionError(f"the answer of the network cannot be understood: {error}") from None
     finally:
         carrier.settimeout(None)

@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -304,3 +305,43 @@ def issued_faster_than_they_end(rank: int, world_size: int) -> int:
 
 def test_the_seam_never_waits_for_a_thread_that_waits_for_it() -> None:
     assert run_ranks(issued_faster_than_they_end, 2) == [2999, 2999]
+
+
+def kept_alive(rank: int, world_size: int) -> list[str]:
+    """Devices on which the seam holds what a collective gave back; there need not be a GPU."""
+    from distrain.faults.inject.engines.intercept import watch_collectives
+
+    class Result:
+        """What an operator returns."""
+
+    class Kernel:
+        def call_boxed(self, *arguments: Any) -> Result:
+            return Result()
+
+    class Library:
+        def __init__(self, *words: str) -> None:
+            pass
+
+        def impl(self, operator: str, ours: Callable[..., Any], key: str, **flags: bool) -> None:
+            seams[operator, key] = ours
+
+        def _destroy(self) -> None:
+            pass
+
+    seams: dict[tuple[str, str], Callable[..., Any]] = {}
+    world = dist.group.WORLD
+    assert world is not None
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.library, "get_kernel", lambda *words: Kernel())
+        patch.setattr(torch.library, "Library", Library)
+        watch_collectives(stack)
+        results = {
+            key: weakref.ref(seams["allreduce_", key](None, [torch.ones(1)], world.boxed()))
+            for key in ("CPU", "CUDA")
+        }
+        return [key for key, result in results.items() if result() is not None]
+
+
+def test_the_memory_of_a_gpu_is_not_held_by_the_seam() -> None:
+    assert run_ranks(kept_alive, 1) == [["CPU"]]

@@ -12,9 +12,9 @@ import pytest
 from distrain.core.clock import FakeClock
 from distrain.core.errors import DataError
 from distrain.core.vocabulary import FaultKind
-from distrain.faults.inject import FaultPlan, read_truth
-from distrain.faults.inject.cgroups import Group, find_controller
-from distrain.faults.inject.control import short_path
+from distrain.faults.inject import FaultPlan, cgroups, injector, read_truth
+from distrain.faults.inject.cgroups import NODE, Controller, Group, fellows, find_controller
+from distrain.faults.inject.control import Control, encode, short_path
 from distrain.faults.inject.truth import FAILED, FIRED, TruthLog, had_their_turn
 from helpers.victims import ROOT, Scene, left_groups, wait_until
 
@@ -136,3 +136,83 @@ def test_a_group_gives_back_the_processes_that_it_had(tmp_path: Path) -> None:
             assert str(child.pid) in (group.path / "cgroup.procs").read_text().split()
         assert Path(f"/proc/{child.pid}/cgroup").read_text() == before
         child.kill()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_process_that_has_no_number_here_is_nobody_to_signal(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel lists those of another pid namespace as 0, which to ``kill`` is the caller and all beside it."""
+    folder = tmp_path / f"{NODE}-1-0"
+    folder.mkdir()
+    (folder / "cgroup.procs").write_text("0\n17\n0\n")
+    controller = Controller("freezer", folder, folder, version)
+    monkeypatch.setattr(cgroups, "find_controller", lambda name: controller)
+    monkeypatch.setattr(cgroups, "_home", lambda *_: folder)
+    assert Group(controller, path=folder).pids() == fellows(os.getpid()) == [17]
+
+
+def test_a_process_that_has_just_ended_has_no_fellows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cgroup.procs").touch()
+    monkeypatch.setattr(cgroups, "find_controller", lambda name: Controller(name, tmp_path, tmp_path, 2))
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    assert fellows(child.pid) == []
+
+
+# -- who carries the packets -----------------------------------------------------------------------------------
+
+
+def order(*answers: dict[str, str]) -> None:
+    """Ask for a fault, and get these answers at once."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for answer in answers:
+            theirs.sendall(encode(answer))
+        injector._order(ours, do="impair", name="2/0", what={})
+
+
+def test_a_fault_that_the_network_refuses_has_failed() -> None:
+    order({"done": "2/0"})
+    with pytest.raises(OSError, match="no such link"):
+        order({"failed": "2/0", "reason": "no such link"})
+
+
+def test_an_answer_to_what_was_asked_before_is_not_taken_for_the_one_waited_for() -> None:
+    order({"failed": "1/0", "reason": "too late"}, {"done": "2/0"})
+    with pytest.raises(OSError, match="no such link"):
+        order({"done": "1/0"}, {"failed": "2/0", "reason": "no such link"})
+
+
+def test_a_network_that_does_not_speak_the_language_has_failed() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(OSError, match="cannot be understood"):
+        theirs.sendall(b"{\n")
+        injector._order(ours, do="lift", name="2/0")
+
+
+def test_a_network_that_answers_too_late_is_not_sent_away(scene: Scene) -> None:
+    """Without the injector it would lift all that is at work."""
+    with scene.injector(FaultPlan().inject("coordinator.kill")):
+        control = Control.connect(scene.truth_folder, hello={"role": "network", "rank": -1, "node": -1})
+        assert control
+        control.tell(done="0/0")
+        assert control.ask(do="inject", fault=0) == {"failed": 0}  # nobody coordinates here
+        control.close()
+
+
+@pytest.mark.processes
+def test_who_is_to_be_hit_cannot_be_told_and_the_fault_has_failed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(pid: int) -> list[int]:
+        raise ProcessLookupError(f"process {pid} has just ended")
+
+    monkeypatch.setattr(injector, "node_of", gone)
+    plan = FaultPlan().kill(node=0).at(after_s=0.0).kill(ranks=[0]).at(after_s=0.1)
+    with scene.injector(plan) as running:
+        assert scene.victim(running, work="time.sleep(1000)").wait() == -9
+    (record,) = scene.records("failed")
+    assert record.fault == 0 and "has just ended" in record.detail["reason"]

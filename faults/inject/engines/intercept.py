@@ -53,8 +53,8 @@ OPERATORS: Mapping[str, str] = MappingProxyType(
 
 
 KEPT = 64
-"""collectives whose tensors and work are kept. A kernel is called with the interpreter's lock held, which a thread of
-gloo wants when it is the last to let go of a tensor, with a lock in its hands for which the kernel waits"""
+"""collectives whose tensors and work are kept on the CPU. A kernel is called with the interpreter's lock held, which a
+thread of gloo wants when it is the last to let go of a tensor, with a lock in its hands for which the kernel waits"""
 
 
 class Issue:
@@ -98,15 +98,15 @@ def intercept(around: Around, stack: ExitStack) -> None:
     library = torch.library.Library("c10d", "IMPL")
     stack.callback(library._destroy)
     sequences: Counter[str] = Counter()
-    kept: deque[Any] = deque(maxlen=KEPT)
     keys = ["CPU", *(["CUDA"] if torch.cuda.is_available() else [])]
+    kept: dict[str, deque[Any]] = {key: deque(maxlen=KEPT if key == "CPU" else 0) for key in keys}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is a kernel already: that is the point
         for operator in OPERATORS:
             place = _group_argument(operator)
             for key in keys:
                 kernel = torch.library.get_kernel(f"c10d::{operator}", key)
-                ours = partial(_pass, kernel, around, operator, place, sequences, kept)
+                ours = partial(_pass, kernel, around, operator, place, sequences, kept[key])
                 library.impl(operator, ours, key, with_keyset=True)
 
 
