@@ -111,6 +111,7 @@ def _wait(
             elif fd == switch:
                 print("[launch] the network of the emulated nodes is gone", file=sys.stderr, flush=True)
                 signums.append(signal.SIGKILL)  # no agent would hear of the others' end
+                switch = -1  # closed below
             else:
                 continue
             poll.unregister(fd)
@@ -118,7 +119,7 @@ def _wait(
         for signum in (*signums, *arrived.take()):
             for fd in running:
                 signal.pidfd_send_signal(fd, signum)
-    if network and network.switch.poll() is None:
+    if switch >= 0:
         os.close(switch)
     return [agent.wait() for agent in agents]
 

@@ -90,9 +90,12 @@ def _unshare() -> None:
     """Into a new network namespace; by way of a user namespace if need be, in which users keep their numbers."""
     user, group = os.geteuid(), os.getegid()
     try:
-        if _unshared(_CLONE_NEWNET) == errno.EPERM:
-            if code := _unshared(_CLONE_NEWNET | _CLONE_NEWUSER):
-                raise OSError(code, os.strerror(code))
+        code = _unshared(_CLONE_NEWNET)
+        if is_user := code == errno.EPERM:
+            code = _unshared(_CLONE_NEWNET | _CLONE_NEWUSER)
+        if code:
+            raise OSError(code, os.strerror(code))
+        if is_user:
             Path("/proc/self/setgroups").write_text("deny")
             Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
             Path("/proc/self/gid_map").write_text(f"{group} {group} 1")

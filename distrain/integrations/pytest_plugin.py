@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from distrain.core.errors import ConfigError, raise_if
+from distrain.core.errors import Problem, raise_if
+from distrain.core.netns import HINT, missing
 from distrain.core.vocabulary import REPORT
 from distrain.faults.command import end_all, first_failure, run_command, script_words
 from distrain.faults.inject import FaultPlan, Injector, JobShape, Record, check, read_truth
@@ -45,12 +46,16 @@ class LocalCluster:
     """Ranks on this machine, spread over emulated nodes; runs follow each other in one working folder."""
 
     def __init__(self, folder: Path, *, ranks: int, nodes: int, netns: bool = False) -> None:
+        """Raises ConfigError if there cannot be such a cluster here; lists all problems."""
+        problems = []
         if ranks < 1 or nodes < 1 or ranks % nodes:
-            raise ConfigError(
-                "ranks cannot be spread over the nodes",
-                got=f"{ranks} ranks, {nodes} nodes",
-                allowed="as many ranks on each node, 1 or more",
-            )
+            got, allowed = f"{ranks} ranks, {nodes} nodes", "as many ranks on each node, 1 or more"
+            problems.append(Problem("ranks cannot be spread over the nodes", got, allowed))
+        if netns and nodes == 1:
+            problems.append(Problem("netns is for emulated nodes", "1 node", hint="nodes=2"))
+        elif netns and (what := missing()):
+            problems.append(Problem("nodes cannot have networks of their own here", what, hint=HINT))
+        raise_if(problems)
         self.folder = folder / "work"
         """working folder of the ranks"""
         self._logs, self._ranks, self._nodes, self._netns = folder, ranks, nodes, netns

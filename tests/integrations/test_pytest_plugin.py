@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from distrain.core.errors import ConfigError
+from distrain.integrations import pytest_plugin
+from distrain.integrations.pytest_plugin import LocalCluster
+
 pytest_plugins = ["pytester"]
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
@@ -49,3 +53,15 @@ def test_a_suite_of_somebody_else_breaks_its_own_job(pytester: pytest.Pytester, 
     script.write_text(SCRIPT)
     pytester.makepyfile(SUITE.replace("{script}", str(script)))
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=3)
+
+
+def test_networks_that_there_cannot_be_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="netns is for emulated nodes") as alone:
+        LocalCluster(tmp_path, ranks=0, nodes=1, netns=True)
+    assert len(alone.value.problems) == 2
+    monkeypatch.setattr(pytest_plugin, "missing", lambda: "no right to make one")
+    with pytest.raises(ConfigError, match="no right to make one"):
+        LocalCluster(tmp_path, ranks=2, nodes=2, netns=True)
+    LocalCluster(tmp_path, ranks=2, nodes=2)
