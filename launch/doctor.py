@@ -22,7 +22,7 @@ from distrain.core.host import host_memory_bytes
 from distrain.core.vocabulary import GIB
 from distrain.faults.inject.capabilities import HINTS, probe
 
-REQUIRED = ("torch", "numpy", "typer", "rich", "zarr", "pulp")
+REQUIRED = ("torch", "numpy", "typer", "rich", "zarr", "google-crc32c", "pulp", "highspy")
 EXTRAS: Mapping[str, str] = MappingProxyType(
     {
         "pyeclib": "checksums at the speed of memory: pip install 'distrain[checkpoint]'",

@@ -3,6 +3,7 @@
 Asks the driver's own tool for GPUs, since the launching process has no torch. What is not known is assumed, and said.
 """
 
+import subprocess
 from dataclasses import dataclass
 
 from distrain.core.config import RunConfig
@@ -58,8 +59,11 @@ class Machine:
 
 
 def local_gpus() -> list[DeviceSpec]:
-    """This node's NVIDIA GPUs; empty without a driver."""
-    gpus = list_gpus()
+    """This node's NVIDIA GPUs; empty without a driver that answers."""
+    try:
+        gpus = list_gpus()
+    except (OSError, subprocess.TimeoutExpired):  # the doctor says what is wrong with it
+        gpus = []
     if not gpus:
         return []
     from distrain.core.device import known_device  # loads torch, which the ranks will need anyway
