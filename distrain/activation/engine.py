@@ -1,7 +1,7 @@
 """What all layers of one manager share: memory, streams, counts, what was found out, and whose backward it is."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -18,6 +18,10 @@ from .traffic import Traffic
 
 RESTORED = 2
 """rounding buffers: layers that are on the device as a whole at a time"""
+
+
+MOST_REMEMBERED = 256
+"""recipes, and forms of layers: as lengths vary there is no end to them"""
 
 
 class Restorable(Protocol):
@@ -69,6 +73,7 @@ class Engine:
         """The recipe of equal layers that save equal tensors, written once."""
         if key not in self._recipes:
             self._recipes[key] = write()
+            _forget_oldest(self._recipes)
         return self._recipes[key]
 
     def prober(self, *, num_tokens: int, start: int) -> Prober:
@@ -88,6 +93,7 @@ class Engine:
         self._last = frame.index, frame.returning_bytes
         form = self._forms.setdefault((frame.index, num_tokens), frame.form)
         ledger.num_other_forms += form != frame.form
+        _forget_oldest(self._forms)
 
     def report(self) -> ActivationReport:
         """What happened since the last one; see ``ActivationManager.report``."""
@@ -124,3 +130,9 @@ class Engine:
         for group in self._groups:
             dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
         return bool(verdict.item()) if self._groups else found
+
+
+def _forget_oldest(remembered: dict[Any, Any]) -> None:
+    """On every rank the same, which is why the order is that of writing, known to all."""
+    while len(remembered) > MOST_REMEMBERED:
+        del remembered[next(iter(remembered))]

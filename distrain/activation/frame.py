@@ -25,12 +25,14 @@ from .engine import Engine
 from .program import Draw, Origin, Program
 from .recipe import Recipe
 from .replay import Replay
-from .storage import Window, aligned, taken_apart
+from .storage import VersionGuard, Window, aligned, taken_apart
 from .tape import Memory, Tape
 from .units import Passed, Saved, Unit
 
+MADE_AGAIN = "; saved tensors are made again from it: give each micro-batch one of its own"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Remake:
     """How the units of a frame are made again."""
 
@@ -39,10 +41,11 @@ class Remake:
     start: int
     """first token that is made again"""
     num_tokens: int
-    constants: Sequence[Tensor]
     seeds: Sequence[Draw]
     inputs: Mapping[int, Unit]
     """where the inputs lie that it starts from, by their values"""
+    guards: Mapping[int, VersionGuard]
+    """of what it starts from: autograd need not have saved that, so that changing it in place is no error to torch"""
 
 
 class Frame:
@@ -131,10 +134,20 @@ class Frame:
 
     def add_input(self, number: int) -> Unit:
         """The unit of an input, which may not be saved by anybody but is what the rest is made from."""
-        inner, _ = taken_apart(self._inputs[number])
-        memory = None if inner is None else self.tape.memory_of(inner)
-        assert inner is not None and memory is not None
+        inner = _inner(self._inputs[number])
+        memory = self.tape.memory_of(inner)
+        assert memory is not None
         return self.unit_of(memory, inner)
+
+    def given(self, origin: Origin) -> Tensor:
+        """What the layer was given from outside, as it is now; inputs only until ``close``."""
+        if origin.kind == "constant":
+            return self.tape.constants[int(origin.key)]
+        if origin.kind == "input":
+            return _inner(self._inputs[origin.key])
+        # Gathered again, if it is sharded.
+        owner, _, attribute = origin.key.rpartition(".")
+        return _inner(getattr(self._layer.get_submodule(owner), attribute))
 
     def count_gone(self, unit: Unit) -> None:
         """Count where the bytes of a unit went that left the device."""
@@ -149,6 +162,9 @@ class Frame:
     def close(self) -> None:
         """The layer has run and its units are settled: forget what only lived for its forward."""
         self._inputs = ()
+        self.tape.constants = [
+            each.detach() for each in self.tape.constants
+        ]  # their history is not ours to keep
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes that came to the device for this frame, or (negative) left it."""
@@ -213,19 +229,17 @@ class Frame:
 
     def _make_again(self, remake: Remake) -> None:
         by_base = {unit.memory.base: unit for unit in self.units.values()}
-        origins = dict(remake.program.origins)
 
         def at_hand(value: int) -> Tensor:
-            origin = origins.get(value, Origin("unit", value))
-            if origin.kind == "constant":
-                return remake.constants[int(origin.key)]
-            if origin.kind == "param":
-                return self._named(origin.key)
-            if origin.kind == "input":
+            window = remake.program.windows[value]
+            if value in remake.guards:
+                remake.guards[value].check(window, hint=MADE_AGAIN)
+            if value in remake.inputs:
                 unit = remake.inputs[value]
                 assert unit.storage is not None
-                return remake.program.windows[value].on(unit.storage, unit.shift_bytes)
-            return by_base[value].whole()
+                return window.on(unit.storage, unit.shift_bytes)
+            origin = remake.recipe.outside.get(value)
+            return by_base[value].whole() if origin is None else self.given(origin)
 
         def made(value: int, result: Tensor) -> None:
             self._put(by_base[value], result, remake)
@@ -262,10 +276,8 @@ class Frame:
         unit.storage, unit.shift_bytes = result.untyped_storage(), 0
         self.hold(unit.num_bytes)
 
-    def _named(self, name: str) -> Tensor:
-        """A parameter or buffer of the layer as it is now: gathered again, if it is sharded."""
-        owner, _, attribute = name.rpartition(".")
-        found: Tensor = getattr(self._layer.get_submodule(owner), attribute)
-        inner, _ = taken_apart(found)
-        assert inner is not None
-        return inner
+
+def _inner(tensor: Tensor) -> Tensor:
+    inner, _ = taken_apart(tensor)
+    assert inner is not None
+    return inner

@@ -7,7 +7,8 @@
         loss.backward()
     print(manager.report())
 
-Gradients are those of the unmanaged layers to the bit. What a layer saves is caught by saved-tensor hooks, how it was
+Gradients are those of the unmanaged layers to the bit, or backward raises: what saved tensors are made again from (masks,
+biases, inputs) may not be changed in place before it, even where torch alone would not mind. What a layer saves is caught by saved-tensor hooks, how it was
 computed is written down by a mode below autograd (``tape``), and what works token by token is found by trying
 (``locality``); so any module will do. A layer that does something which cannot be written down, cut or made again is
 swapped or kept as a whole instead, and counted.

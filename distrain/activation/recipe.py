@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from .locality import Local, Prober
-from .program import Node, Program, Ref
+from .program import Node, Origin, Program, Ref
 from .rows import Rows
 
 EMPTIES = frozenset(
@@ -54,8 +54,8 @@ class Recipe:
     steps: tuple[Step, ...]
     rows: dict[int, Rows | None]
     """saved values that it makes; None: made whole, not by token"""
-    inputs: dict[int, int]
-    """values that it starts from and that are the layer's inputs, with the numbers of these"""
+    outside: dict[int, Origin]
+    """values that it starts from and that the layer did not make: inputs, parameters, constants"""
     attention: int
     """the first saved value that it cannot make: those before it are before attention"""
 
@@ -107,8 +107,8 @@ def write(
     attention = min(at_hand & saved, default=-1)
     steps = _steps(program, made, at_hand=at_hand, plans=plans)
     read = {ref.value for step in steps for ref in _read(step.node)}
-    inputs = {v: origin.key for v, origin in program.origins if v in read and origin.kind == "input"}
-    return Recipe(steps, made, inputs, attention)
+    outside = {value: origin for value, origin in program.origins if value in read}
+    return Recipe(steps, made, outside, attention)
 
 
 _OF_ORIGIN = {"input": Standing.WHOLE, "unknown": Standing.LOST}

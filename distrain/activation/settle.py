@@ -14,7 +14,7 @@ from .frame import Frame, Remake
 from .ledger import Ledger
 from .program import Program
 from .recipe import Recipe, write
-from .storage import ALIGNMENT
+from .storage import ALIGNMENT, VersionGuard
 from .units import Unit
 
 SMALL_BYTES = 1024
@@ -55,6 +55,7 @@ def _remake(frame: Frame, plan: LayerPlan, program: Program, num_tokens: int) ->
         frozenset(saved),
         frozenset(tape.cores),
         frozenset(tape.trusted),
+        frozenset(tape.spoiled_values()),
         num_tokens,
         start,
         everything,
@@ -73,8 +74,18 @@ def _remake(frame: Frame, plan: LayerPlan, program: Program, num_tokens: int) ->
         )
 
     recipe = frame.engine.recipe(key, write_it)
-    inputs = {value: frame.add_input(number) for value, number in recipe.inputs.items()}
-    return Remake(program, recipe, start, num_tokens, tuple(tape.constants), tuple(tape.seeds), inputs)
+    outside = recipe.outside.items()
+    inputs = {value: frame.add_input(origin.key) for value, origin in outside if origin.kind == "input"}
+    given = {value: frame.given(origin) for value, origin in outside}
+    return Remake(
+        program=program,
+        recipe=recipe,
+        start=start,
+        num_tokens=num_tokens,
+        seeds=tuple(tape.seeds),
+        inputs=inputs,
+        guards={value: VersionGuard(each) for value, each in given.items() if not each.is_inference()},
+    )
 
 
 def _split(unit: Unit, plan: LayerPlan, remake: Remake | None, ledger: Ledger) -> Split:

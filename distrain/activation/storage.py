@@ -131,16 +131,16 @@ class VersionGuard:
         self._view = tensor.detach()
         self._view.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
-    def check(self, window: Window) -> None:
+    def check(self, window: Window, *, hint: str = "") -> None:
         """Raise RuntimeError, as torch does without hooks, if the tensor was changed."""
-        self.compare(self._view, self.version, window)
+        self.compare(self._view, self.version, window, hint=hint)
 
     @staticmethod
-    def compare(tensor: Tensor, version: int, window: Window) -> None:
+    def compare(tensor: Tensor, version: int, window: Window, *, hint: str = "") -> None:
         """Raise RuntimeError if the memory of ``tensor`` is not at ``version`` any more."""
         if tensor._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{window.dtype} {list(window.shape)}] is at version {tensor._version}; "
-                f"expected version {version} instead"
+                f"expected version {version} instead{hint}"
             )

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distrain.activation.engine import MOST_REMEMBERED, Engine
+from distrain.activation.host_pool import HostPool
 from distrain.activation.manager import ActivationManager
+from distrain.activation.recipe import Recipe
 from distrain.activation.tape import Tape
+from distrain.core.device import CpuDevice
 from distrain.planners.activation_plan import ActivationPlan, LayerPlan, Split, snap, uniform
 
 NUM_TOKENS, WIDTH = 256, 16
@@ -135,3 +139,108 @@ def test_a_device_that_is_full_while_an_operator_is_tried_says_nothing_of_the_op
     with ActivationManager([layer], plan("memo")) as fresh:
         grads(layer, sample())
     assert report.recomputed_bytes == fresh.report().recomputed_bytes > 0
+
+
+class Masked(Layer):
+    """Adds a constant or a buffer, which torch has no reason to save."""
+
+    mask: Tensor
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__(lambda y: (y + table + self.mask).sin())
+        self.register_buffer("mask", torch.ones(NUM_TOKENS, 2 * WIDTH))
+
+
+@pytest.mark.parametrize("which", ["constant", "buffer", "bias"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_layer_adds_and_somebody_refills_before_backward_is_refused(way: str, which: str) -> None:
+    """Legal, as torch does not need it; but what is made again from it would be wrong."""
+    table = torch.randn(NUM_TOKENS, 2 * WIDTH)
+    layer = Masked(table)
+    refilled = {"constant": table, "buffer": layer.mask, "bias": layer.first.bias}[which]
+    with ActivationManager([layer], plan(way)) as manager:
+        first = layer(sample()).sum()
+        refilled.data.add_(0)  # as sharding gathers a parameter again: torch counts no change, nor do we
+        first.backward()
+        loss = layer(sample()).sum()
+        with torch.no_grad():
+            refilled.fill_(0.5)
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*one of its own"):
+            loss.backward()
+        del loss, first
+        gc.collect()
+        assert_same(grads(layer, sample()), grads(layer, sample()))
+    assert manager.report().host_bytes == 0
+
+
+class Shifted(nn.Module):
+    """Of its input nothing is saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1).exp().sin()
+
+
+@pytest.mark.parametrize("place", ["kept", "swapped"])
+def test_an_input_that_nobody_saved_and_somebody_changes_is_refused(place: str) -> None:
+    all_there = Split(keep=NUM_TOKENS) if place == "kept" else Split(swap=NUM_TOKENS)
+    layer_plan = LayerPlan.of(Split(recompute=NUM_TOKENS), input=all_there)
+    layer, x = Shifted(), sample()
+    with ActivationManager([layer], ActivationPlan(layers=(layer_plan,))):
+        loss = layer(x).sum()
+        with torch.no_grad():
+            x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_constant_from_inference_mode_cannot_change_and_is_used() -> None:
+    with torch.inference_mode():
+        table = torch.randn(NUM_TOKENS, 2 * WIDTH)
+    layer = Layer(lambda y: (y + table).sin())
+    truth = grads(layer, sample())
+    with ActivationManager([layer], plan("memo")) as manager:
+        assert_same(grads(layer, sample()), truth)
+    assert manager.report().recomputed_bytes > 0
+
+
+class Spoiling(nn.Module):
+    """Changes its input when it has been used, in a way that leaves no other mark in the program."""
+
+    spoils = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x + 1).exp()
+        if self.spoils:
+            with torch.no_grad():
+                torch._foreach_mul_([x], 2.0)
+        return y.sin()
+
+
+def test_what_was_found_out_does_not_serve_a_forward_that_spoils_its_input() -> None:
+    layer = Spoiling()
+
+    def run(*, spoils: bool) -> list[Tensor]:
+        layer.spoils = spoils
+        x = sample()
+        return list(torch.autograd.grad(layer(x).square().mean(), [x]))
+
+    truths = [run(spoils=spoils) for spoils in (False, True, False)]
+    with ActivationManager([layer], plan("all again")):
+        for spoils, truth in zip((False, True, False), truths, strict=True):
+            assert_same(run(spoils=spoils), truth)
+
+
+def test_what_is_remembered_has_an_end() -> None:
+    engine = Engine(CpuDevice(), HostPool(CpuDevice()), groups=())
+    written: list[int] = []
+
+    def ask(key: int) -> None:
+        engine.recipe(key, lambda: written.append(key) or Recipe((), {}, {}, -1))  # type: ignore[func-returns-value]
+
+    for key in range(MOST_REMEMBERED + 1):
+        ask(key)
+    ask(MOST_REMEMBERED)
+    ask(1)
+    assert written == list(range(MOST_REMEMBERED + 1)), "what is young is known"
+    ask(0)
+    assert written[-1] == 0, "what is old was forgotten"
