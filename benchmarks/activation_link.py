@@ -6,7 +6,7 @@ both directions share.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from distrain.activation.link_sim import Link, simulate
 from distrain.planners.activation_policy import ActivationTask, Policy, TensorGroup, choose
@@ -137,8 +137,3 @@ def points(*, quick: bool) -> Iterator[Point]:
     """One for each length."""
     for length in LENGTHS[2:3] if quick else LENGTHS:
         yield measure(length)
-
-
-def throttled(task: ActivationTask, factor: float) -> ActivationTask:
-    """The task with a slower link, for tests."""
-    return replace(task, d2h_bytes_s=task.d2h_bytes_s * factor, h2d_bytes_s=task.h2d_bytes_s * factor)

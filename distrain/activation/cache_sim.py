@@ -55,10 +55,6 @@ class CacheRun:
         """Share of what was reserved that never served anybody at the peak."""
         return 1 - self.live_bytes / self.reserved_bytes if self.reserved_bytes else 0.0
 
-    def over(self, planned_bytes: int) -> float:
-        """How many times the memory of a plan the cache needed."""
-        return self.reserved_bytes / planned_bytes if planned_bytes else 1.0
-
 
 def simulate(buffers: Sequence[Buffer], *, num_steps: int = 3, capacity: int | None = None) -> CacheRun:
     """Run a step's ``buffers`` through the cache ``num_steps`` times, on a device of ``capacity`` bytes.

@@ -118,10 +118,9 @@ class HostPool:
 
 
 @contextmanager
-def near(device: Device, *, node_of: Callable[[Device], int | None] | None = None) -> Iterator[None]:
-    """Run this thread on the processors of the device's NUMA node, where the machine says which that is."""
-    node = (node_of or numa_node)(device)
-    processors = set() if node is None else node_processors(node)
+def near(device: Device, *, processors_of: Callable[[Device], set[int]] | None = None) -> Iterator[None]:
+    """Run this thread on the processors of the device's NUMA node, where the machine says which these are."""
+    processors = (processors_of or _processors)(device)
     before = os.sched_getaffinity(0)
     if not processors & before:
         yield
@@ -131,6 +130,11 @@ def near(device: Device, *, node_of: Callable[[Device], int | None] | None = Non
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def _processors(device: Device) -> set[int]:
+    node = numa_node(device)
+    return set() if node is None else node_processors(node)
 
 
 def numa_node(device: Device) -> int | None:

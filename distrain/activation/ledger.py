@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .host_pool import HostPool
 
-SHOWN = 1 / 2**20
+MIB = 2**20
 
 
 @dataclass(slots=True)
@@ -18,6 +18,8 @@ class Ledger:
     """saved bytes that stayed on the device, of all layers since the last report; so the next two"""
     swapped_bytes: int = 0
     recomputed_bytes: int = 0
+    not_by_token_bytes: int = 0
+    """of layers that recompute, what could not be made again: attention, and what was found to mix tokens"""
     num_layers: int = 0
     """forwards of managed layers with gradients"""
     num_saved: int = 0
@@ -54,6 +56,7 @@ class Ledger:
             kept_bytes=self.kept_bytes,
             swapped_bytes=self.swapped_bytes,
             recomputed_bytes=self.recomputed_bytes,
+            not_by_token_bytes=self.not_by_token_bytes,
             host_bytes=pool.held_bytes,
             host_peak_bytes=pool.peak_bytes,
             host_reserved_bytes=pool.reserved_bytes,
@@ -82,6 +85,8 @@ class ActivationReport:
     kept_bytes: int
     swapped_bytes: int
     recomputed_bytes: int
+    not_by_token_bytes: int
+    """of what was kept or swapped, all that is not made again by token in layers that recompute"""
     host_bytes: int
     """held now: zero after a step"""
     host_peak_bytes: int
@@ -112,12 +117,14 @@ class ActivationReport:
 
     def __str__(self) -> str:
         lines = [
-            f"activations on the device: planned {self.planned_device_bytes * SHOWN:,.1f} MiB, "
-            f"measured peak {self.peak_device_bytes * SHOWN:,.1f} MiB",
-            f"kept {self.kept_bytes * SHOWN:,.1f} MiB, swapped {self.swapped_bytes * SHOWN:,.1f} MiB, "
-            f"recomputed {self.recomputed_bytes * SHOWN:,.1f} MiB",
-            f"host: peak {self.host_peak_bytes * SHOWN:,.1f} of {self.host_reserved_bytes * SHOWN:,.1f} MiB, "
-            f"now {self.host_bytes * SHOWN:,.1f} MiB",
+            f"activations on the device: planned {self.planned_device_bytes / MIB:,.1f} MiB, "
+            f"measured peak {self.peak_device_bytes / MIB:,.1f} MiB",
+            f"kept {self.kept_bytes / MIB:,.1f} MiB, swapped {self.swapped_bytes / MIB:,.1f} MiB, "
+            f"recomputed {self.recomputed_bytes / MIB:,.1f} MiB",
+            f"not made again by token: {self.not_by_token_bytes / MIB:,.1f} MiB "
+            "(attention, and what was found to mix tokens)",
+            f"host: peak {self.host_peak_bytes / MIB:,.1f} of {self.host_reserved_bytes / MIB:,.1f} MiB, "
+            f"now {self.host_bytes / MIB:,.1f} MiB",
         ]
         if not self.as_planned:
             lines.append(

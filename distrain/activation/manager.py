@@ -7,11 +7,11 @@
         loss.backward()
     print(manager.report())
 
-Gradients are those of the unmanaged layers to the bit, or backward raises: what saved tensors are made again from (masks,
-biases, inputs) may not be changed in place before it, even where torch alone would not mind. What a layer saves is caught by saved-tensor hooks, how it was
-computed is written down by a mode below autograd (``tape``), and what works token by token is found by trying
-(``locality``); so any module will do. A layer that does something which cannot be written down, cut or made again is
-swapped or kept as a whole instead, and counted.
+Gradients are those of the unmanaged layers to the bit, or backward raises: what saved tensors are made again from
+(masks, biases, inputs) may not be changed in place before it, even where torch alone would not mind. What a layer
+saves is caught by saved-tensor hooks, how it was computed is written down by a mode below autograd (``tape``), and
+what works token by token is found by trying (``locality``); so any module will do. A layer that does something which
+cannot be written down, cut or made again is swapped or kept as a whole instead, and counted.
 
 MEMO (2407.12117) is the model: inputs and attention are swapped whole, of the other tensors a share of the tokens, and
 the rest is recomputed in one go before the layer's backward, which itself is not split. Ours keeps what fits, and
@@ -244,5 +244,5 @@ def _check(layers: Sequence[nn.Module], plan: ActivationPlan, segments: str | To
     if isinstance(segments, str) and segments != AUTO:
         problems.append(Problem("no such segments", got=segments, allowed="auto, or TokenSegments(...)"))
     if isinstance(segments, TokenSegments):
-        problems += [problem for layer in layers[:1] for problem in segments.problems(layer)]
+        problems += list(dict.fromkeys(each for layer in layers for each in segments.problems(layer)))
     raise_if(problems)

@@ -97,6 +97,7 @@ def _split(unit: Unit, plan: LayerPlan, remake: Remake | None, ledger: Ledger) -
         return plan.input
     if remake is None or unit.memory.base not in remake.recipe.rows:
         ledger.num_left_whole += plan.attention.recompute > 0
+        ledger.not_by_token_bytes += unit.num_bytes * plan.recomputes
         return everything if plan.attention.recompute else plan.attention
     after = unit.memory.base > remake.recipe.attention
     split = plan.after_attention if after else plan.before_attention

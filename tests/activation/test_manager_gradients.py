@@ -196,6 +196,8 @@ def test_attention_is_never_recomputed_by_token() -> None:
     assert_same(found, gradients(layers, x))
     attention = NUM_TOKENS * (WIDTH + 4) * 4  # its output and, for each of the 4 heads, log-sum-exp
     assert report.swapped_bytes == NUM_TOKENS * WIDTH * 4 + attention
+    assert report.not_by_token_bytes == attention
+    assert report.as_planned and report.num_left_whole == 0
     assert calls == 2, "the layer's own code ran once in each of the two passes"
 
 
@@ -254,6 +256,31 @@ def test_layers_that_were_not_thought_of_keep_their_gradients(kind: type[nn.Modu
         found, _ = managed(layers, x, everywhere(plan, 2))
         assert_same(found, truth)
         assert_same(list(layers.buffers()), buffers)
+
+
+def test_what_was_found_to_mix_tokens_is_counted_and_told() -> None:
+    torch.manual_seed(1)
+    layers, x = nn.ModuleList([Convolved()]), sample()
+    found, report = managed(layers, x, everywhere(LayerPlan.of(Split(recompute=NUM_TOKENS)), 1))
+    assert_same(found, gradients(layers, x))
+    unit = NUM_TOKENS * WIDTH * 4
+    assert report.swapped_bytes == unit + report.not_by_token_bytes, "the input, and what mixes"
+    assert report.not_by_token_bytes >= unit and report.recomputed_bytes >= unit
+    assert f"not made again by token: {report.not_by_token_bytes / 2**20:,.1f} MiB" in str(report)
+    assert report.as_planned, "a plan for tokens says where to put the rest"
+    _, swapping = managed(layers, x, everywhere(LayerPlan.of(Split(swap=NUM_TOKENS)), 1))
+    assert swapping.not_by_token_bytes == 0, "nothing was to be made again"
+
+
+def test_what_cannot_be_done_twice_where_all_is_to_be_recomputed_is_counted_as_off_plan() -> None:
+    torch.manual_seed(1)
+    layers, x = nn.ModuleList([Rough()]), sample()
+    _, report = managed(
+        layers, x, everywhere(uniform("recompute", num_layers=1, num_tokens=NUM_TOKENS).layers[0], 1)
+    )
+    assert report.num_left_whole > 0 and not report.as_planned
+    assert f"{report.num_left_whole} storages whole" in str(report)
+    assert report.not_by_token_bytes > 0
 
 
 def test_a_declared_core_is_swapped_whole_and_the_rest_still_recomputed() -> None:

@@ -1,5 +1,6 @@
 """Copies run on streams of their own: on a device whose copies come as late as they may, nothing is read too early."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distrain.activation.host_pool import HostPool, near
+from distrain.activation.host_pool import HostPool, near, node_processors
 from distrain.activation.manager import ActivationManager
 from distrain.activation.traffic import Traffic
 from distrain.core.device import CpuDevice, Device
@@ -186,16 +187,21 @@ def test_a_pool_grows_to_its_limit_and_no_further() -> None:
 
 
 def test_arenas_are_touched_on_the_processors_of_the_device_s_node() -> None:
-    import os
-
-    if not Path("/sys/devices/system/node/node0/cpulist").exists():
-        pytest.skip("this machine does not tell its NUMA nodes")
     before = os.sched_getaffinity(0)
-    with near(CpuDevice(), node_of=lambda _: 0):
-        assert os.sched_getaffinity(0) <= before
-    assert os.sched_getaffinity(0) == before
-    with near(CpuDevice(), node_of=lambda _: 10_000):
+    if len(before) < 2:
+        pytest.skip("with one processor there is nothing to choose")
+    device: Device = CpuDevice()
+    there, elsewhere = {min(before)}, {max(before) + 1}
+    for processors, expected in ((there | elsewhere, there), (elsewhere, before), (set(), before)):
+        with near(device, processors_of=dict.fromkeys([device], processors).__getitem__):
+            assert os.sched_getaffinity(0) == expected
         assert os.sched_getaffinity(0) == before
+
+
+def test_a_node_that_the_machine_does_not_have_has_no_processors() -> None:
+    assert node_processors(10_000) == set()
+    if Path("/sys/devices/system/node/node0/cpulist").exists():
+        assert node_processors(0)
 
 
 def test_a_manager_takes_the_device_of_its_layers() -> None:

@@ -16,6 +16,7 @@ beneath and is counted. Tensors may outlive the context; the arena goes with the
 """
 
 import ctypes
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -30,7 +31,7 @@ MIN_BYTES = 4096
 """Smaller requests are many, and together next to nothing: they pass by."""
 
 
-class _Context:
+class _Context(ABC):
     """What recording and replaying have in common: in place from ``__enter__`` to ``__exit__``."""
 
     def __init__(self, device: Device) -> None:
@@ -44,7 +45,7 @@ class _Context:
         adapter.install()
         try:
             self._start(adapter)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: it goes on once torch has its own allocator back
             adapter.uninstall()
             raise
         self._adapter = adapter
@@ -78,9 +79,11 @@ class _Context:
             raise ConfigError("the planned allocator is not on", hint="use it in a `with` statement")
         return self._adapter
 
+    @abstractmethod
     def _start(self, adapter: bind.Adapter) -> None:
-        raise NotImplementedError
+        """Let the library record, or replay."""
 
+    @abstractmethod
     def _stopped(self, adapter: bind.Adapter) -> None:
         """Keep what is asked for later."""
 
