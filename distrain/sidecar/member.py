@@ -165,9 +165,11 @@ class Member:
         """The coordinator is gone. What is being written would never be committed; the next one begins anew."""
         self._link = None
         self.work.forget()
-        for known in self.steps.values():
+        for (world, step), known in self.steps.items():
             known.begun.clear()
-            known.due, known.is_undecided = set(known.committed) | set(known.failed), False
+            is_held = any(self.shelf.snapshots(world, step))
+            known.due = None if is_held else known.committed.keys() | known.failed.keys()
+            known.is_undecided = False
         for slots in self.shelf.ranks:
             for snapshot in filter(None, slots.snapshots):
                 snapshot.needs.clear()
@@ -281,9 +283,11 @@ class Member:
         holds = [[each.step, each.order] for each in good if each.is_complete]
         filling = [each for each in good if each.state is State.FILLING]
         fills = [[each.step, each.order] for each in filling]
+        for snapshot in good:
+            known = self._step(slots.world_size, snapshot.step)
+            known.is_undecided = known.due is None or snapshot.state is State.FILLING
         self._send(slots.world_size, {"do": "rank", "rank": slots.rank, "holds": holds, "fills": fills})
         for snapshot in filling:
-            self._step(slots.world_size, snapshot.step).is_undecided = True
             self._tell_opened(slots, snapshot)
 
     def _discard(self, slots: RankSlots, snapshot: Snapshot, reason: str) -> None:

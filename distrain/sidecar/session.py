@@ -286,8 +286,8 @@ class Session:
             return "" if snapshot and not snapshot.discarded else "the keeper does not know this step"
         if known.lost:
             return known.lost
-        if known.due is None:
-            return ""
+        if known.due is None:  # nobody has said so yet, or whoever did is gone
+            return "" if snapshot and not snapshot.discarded else "its memory is free again"
         index = self._member.tier_index(tier) if tier is not None else None
         if known.outstanding if index is None else index in known.outstanding:
             return ""

@@ -135,6 +135,30 @@ def test_a_node_that_is_lost_loses_the_step_loudly_and_its_successor_joins(
     assert is_saved(tier.url, 1, world_size=2) and is_saved(tier.url, 3, world_size=2)
 
 
+def test_what_only_a_lost_coordinator_knew_is_still_waited_for(keepers: Keepers, tmp_path: Path) -> None:
+    """Another coordinator may have the step written after all: it is not said that it never will be."""
+    tier = local(tmp_path, bytes_per_s=2e5)
+    config = config_of(tier)
+    keepers.environ = keepers.environ_of(0, 2)
+    first = keepers.trainer(config, rank=0, world_size=2, node_rank=0, num_nodes=2)
+    rank = keepers.rank(config, rank=1, world_size=2, node_rank=1, num_nodes=2)
+    first.do("save", 1)
+    assert rank.save(1)
+    assert rank.client.wait(1, level="protected", timeout_s=30).reached
+    os.kill(first.keeper_pid, signal.SIGKILL)
+    first.kill()
+    until(lambda: not is_linked(rank), "the loss of the coordinator")
+    status = rank.client.wait(1, level="committed", timeout_s=0.1)
+    assert not status.reached and status.reason == ""
+    second = keepers.rank(config, rank=0, world_size=2, node_rank=0, num_nodes=2)
+    until(lambda: is_linked(rank), "another coordinator")
+    assert not rank.client.wait(1, level="committed", timeout_s=0.1).reason
+    for each in (rank, second):
+        assert each.save(1)
+    assert second.client.wait(1, level="committed", timeout_s=40).reached
+    assert is_saved(tier.url, 1, world_size=2)
+
+
 POINTS = ["prepared", "manifest", "publish", "rename", "committed", "collect"]
 
 
