@@ -19,28 +19,39 @@ Steps = Sequence[Sequence[Piece]]
 
 
 class FlashOnPaper:
-    """What variable-length flash attention promises, in plain operations: the stand-in for CUDA's."""
+    """What variable-length flash attention promises and refuses, in plain operations: the stand-in for CUDA's."""
 
-    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """Output [Q, H, E] and LSE [H, Q]."""
-        scores = self._scores(call, q, k)
+        scores = self._scores(call, q, k, scale)
         lse = scores.logsumexp(-1)
         return torch.einsum("hqk,khe->qhe", (scores - lse[..., None]).exp(), self._for_readers(v, q)), lse
 
     def backward(
-        self, call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self,
+        call: Call,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
     ) -> Sequence[Tensor]:
         """Gradients with the given output and LSE, as flash computes them."""
-        p = (self._scores(call, q, k) - lse[..., None]).exp()
+        assert grad.shape == out.shape == q.shape and lse.is_contiguous()
+        p = (self._scores(call, q, k, scale) - lse[..., None]).exp()
         dp = torch.einsum("qhe,khe->hqk", grad, self._for_readers(v, q))
-        ds = p * (dp - (grad * out).sum(-1).T[..., None]) / math.sqrt(q.shape[-1])
+        ds = p * (dp - (grad * out).sum(-1).T[..., None]) * scale
         dq = torch.einsum("hqk,khe->qhe", ds, self._for_readers(k, q))
         dk, dv = torch.einsum("hqk,qhe->khe", ds, q), torch.einsum("hqk,qhe->khe", p, grad)
         dk, dv = (each.unflatten(1, (k.shape[1], -1)).sum(2) for each in (dk, dv))
         return dq, dk, dv
 
-    def _scores(self, call: Call, q: Tensor, k: Tensor) -> Tensor:
-        scores = torch.einsum("qhe,khe->hqk", q, self._for_readers(k, q)) / math.sqrt(q.shape[-1])
+    def _scores(self, call: Call, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        assert q.shape[-1] % 8 == 0, "head_size must be a multiple of 8"
+        scores = torch.einsum("qhe,khe->hqk", q, self._for_readers(k, q)) * scale
         shown = torch.zeros(len(q), len(k), dtype=torch.bool)
         bounds = zip(call.starts_q, call.starts_q[1:], call.starts_k, call.starts_k[1:], strict=False)
         for first_q, last_q, first_k, last_k in bounds:
@@ -78,7 +89,7 @@ def expected(lengths: Sequence[int], tensors: Sequence[Tensor], window: int) -> 
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     ago = positions[:, None] - positions
     shown = (sequence[:, None] == sequence) & (ago >= 0) & (ago < (window or len(positions)))
-    scores = torch.einsum("kgqe,kme->kgqm", q, k) / math.sqrt(FEATURES)
+    scores = torch.einsum("kgqe,kme->kgqm", q, k) / math.sqrt(q.shape[-1])
     out = torch.einsum("kgqm,kme->kgqe", scores.masked_fill(~shown, -torch.inf).softmax(-1), v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
@@ -89,11 +100,24 @@ def expected(lengths: Sequence[int], tensors: Sequence[Tensor], window: int) -> 
 def test_each_kernel_gives_what_plain_softmax_does(
     make: Callable[[Steps, int], Kernel], ring: int, window: int
 ) -> None:
+    assert_equal_to_softmax(make, ring, window, num_features=FEATURES)
+
+
+@pytest.mark.parametrize("num_features", [2, 12])
+def test_heads_that_flash_does_not_take_are_filled_up(num_features: int) -> None:
+    assert_equal_to_softmax(packed, 2, 100, num_features=num_features)
+
+
+def assert_equal_to_softmax(
+    make: Callable[[Steps, int], Kernel], ring: int, window: int, *, num_features: int
+) -> None:
+    """Output and gradients of all places of a ring against one softmax over everything."""
     layout = SequenceLayout.build(LENGTHS, ring=ring)
     generator = torch.Generator().manual_seed(0)
     shapes = [(READERS, sum(LENGTHS)), (sum(LENGTHS),), (sum(LENGTHS),), (READERS, sum(LENGTHS))]
     whole = [
-        torch.randn(KV_HEADS, *shape, FEATURES, dtype=torch.float64, generator=generator) for shape in shapes
+        torch.randn(KV_HEADS, *shape, num_features, dtype=torch.float64, generator=generator)
+        for shape in shapes
     ]
     rows = [torch.from_numpy(layout.tokens(place)) for place in range(ring)]
     found = [torch.zeros_like(tensor) for tensor in (whole[3], *whole[:3])]
@@ -130,19 +154,42 @@ def test_the_operators_of_cuda_take_what_they_are_given(left: int, right: int) -
     rows, starts = (torch.empty(n, dtype=torch.int64, device=device) for n in (12, 3))
     call = Call(left, right, True, rows, rows, starts.int(), starts.int(), 8, 8)
     q, k = (torch.empty(12, heads, 16, dtype=torch.bfloat16, device=device) for heads in (6, 2))
-    out, lse = FlashCuda().forward(call, q, k, k)
+    out, lse = FlashCuda().forward(call, q, k, k, scale=0.25)
     assert out.shape == q.shape and lse.shape == (6, 12) and lse.dtype is torch.float32
-    gradients = FlashCuda().backward(call, out, q, k, k, out, lse)
+    gradients = FlashCuda().backward(call, out, q, k, k, out, lse, scale=0.25)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "num_features", "expected"),
+    [
+        ((8, 0), torch.bfloat16, 256, True),
+        ((9, 0), torch.float16, 100, True),
+        ((8, 0), torch.bfloat16, 264, False),
+        ((7, 5), torch.float16, 64, False),
+        ((9, 0), torch.float32, 64, False),
+    ],
+)
+def test_flash_is_asked_only_for_what_it_can_do(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    num_features: int,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert FlashCuda.serves(torch.device("cuda", 0), dtype, num_features=num_features) is expected
+    assert not FlashCuda.serves(torch.device("cpu"), dtype, num_features=num_features)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [0, 100])
-def test_flash_on_a_gpu_agrees_with_plain_softmax(window: int) -> None:
+@pytest.mark.parametrize("num_features", [FEATURES, 100, 264])
+def test_flash_on_a_gpu_agrees_with_plain_softmax(window: int, num_features: int) -> None:
     device = torch.device("cuda")
     attention = SequenceAttention(SequenceLayout.build(LENGTHS), window=window)
     heads = (KV_HEADS * READERS, KV_HEADS, KV_HEADS, KV_HEADS * READERS)
-    *leaves, grad = (torch.randn(sum(LENGTHS), n, FEATURES) for n in heads)
+    *leaves, grad = (torch.randn(sum(LENGTHS), n, num_features) for n in heads)
     outcomes = []
     for where, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float64)):
         q, k, v = (leaf.bfloat16().to(where, dtype).requires_grad_() for leaf in leaves)

@@ -53,7 +53,7 @@ class SequenceAttention:
         self.layout = layout
         self._window = window
         self._place, self._ulysses_index = divmod(index, layout.ulysses)
-        self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
+        self._kernels: dict[tuple[torch.device, torch.dtype, int], Kernel] = {}
         first = index - self._ulysses_index
         share = tuple(ranks[first : first + layout.ulysses])
         around = tuple(ranks[self._ulysses_index :: layout.ulysses])
@@ -82,18 +82,18 @@ class SequenceAttention:
         return gather_heads(out, split=split, group=self._share)
 
     def _kernel(self, like: Tensor) -> Kernel:
-        key = like.device, like.dtype
+        key = like.device, like.dtype, like.shape[-1]
         if key not in self._kernels:
             self._kernels[key] = self._new_kernel(*key)
         return self._kernels[key]
 
-    def _new_kernel(self, device: torch.device, dtype: torch.dtype) -> Kernel:
+    def _new_kernel(self, device: torch.device, dtype: torch.dtype, num_features: int) -> Kernel:
         places = self.layout.places
         steps = [
             pieces(places[self._place], places[self._place - step], window=self._window)
             for step in range(self._ring.num_places)
         ]
-        if device.type == "cuda" and dtype.itemsize == 2:
+        if FlashCuda.serves(device, dtype, num_features=num_features):
             return PackedKernel(steps, window=self._window, device=device, varlen=FlashCuda())
         return LoopKernel(
             steps, window=self._window, rectangle=FlashCpu() if device.type == "cpu" else Plain()
