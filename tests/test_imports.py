@@ -33,7 +33,7 @@ def run_python(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """A new interpreter at the root of the checkout, warnings as errors."""
     command = [sys.executable, "-W", "error", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150, check=False
     )
 
 

@@ -75,4 +75,4 @@ def test_planning_needs_no_torch() -> None:
     code = (
         "import sys, distrain.activation.allocator as a; a.plan_requests; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=150)

@@ -249,7 +249,7 @@ def test_a_disk_too_small_for_a_blob_says_so_before_anything_is_written(tmp_path
     if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs user namespaces, for a file system of its own")
     command = [*unshare, sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.stdout.splitlines()[1:] == [
         "got: ENOSPC: No space left on device",
         "try: free space, or keep fewer checkpoints",

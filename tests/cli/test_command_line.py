@@ -165,7 +165,7 @@ def test_an_interrupt_ends_in_one_line_and_130(tmp_path: Path) -> None:
     process = distrain_process("config", "show", path)
     with path.open("w"):  # opens once the reader is there
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=150)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
@@ -178,4 +178,4 @@ def test_a_reader_that_leaves_early_causes_no_traceback(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=30) == 1
+    assert process.wait(timeout=150) == 1

@@ -147,5 +147,5 @@ def test_an_interrupt_of_a_long_simulation_ends_in_one_line_and_130(tmp_path: Pa
     )
     path.write_text("[job]\ngpus = 16384\n")  # once this returns, everything is imported and the work begins
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=150)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")

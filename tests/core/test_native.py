@@ -161,7 +161,7 @@ def test_of_many_processes_that_need_a_library_one_compiles(
     path = source(tmp_path)
     builders = [builder(path) for _ in range(6)]
     for process in builders:
-        out, err = process.communicate(timeout=50)
+        out, err = process.communicate(timeout=150)
         assert (process.returncode, out.strip()) == (0, "42"), err
     assert log.read_text().count("compile") == 1
 
@@ -177,10 +177,10 @@ def test_a_killed_build_holds_nobody_up_and_leaves_no_half_library(
     first = builder(path)
     started.read_text()  # the compiler is at work
     first.kill()
-    first.communicate(timeout=20)
+    first.communicate(timeout=150)
     second = builder(path)
     started.read_text()
     go_on.touch()  # the orphaned compiler of the first waited for this too
-    out, err = second.communicate(timeout=50)
+    out, err = second.communicate(timeout=150)
     assert (second.returncode, out.strip()) == (0, "42"), err
     assert len(list(cache.rglob("*.so"))) == 1

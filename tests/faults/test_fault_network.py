@@ -84,7 +84,7 @@ def flight(tmp_path_factory: pytest.TempPathFactory) -> Flight:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
         )
     assert done.returncode == 0, done.stderr
     return Flight(Books(folder, 3), read_truth(folder / "truth"))
@@ -290,7 +290,7 @@ def test_a_collective_waits_for_the_end_of_a_partition_and_is_slow_on_a_slow_lin
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
         )
     assert done.returncode == 0, done.stderr
     words = [line.split("done ")[1].split() for line in done.stdout.splitlines() if "done" in line]
@@ -320,7 +320,7 @@ def test_a_fault_of_the_network_without_one_is_written_down_as_failed(tmp_path: 
             env={**os.environ, **injector.variables, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=50,
+            timeout=150,
             check=True,
         )
     (record,) = read_truth(tmp_path / "truth")

@@ -42,7 +42,7 @@ def test_what_a_test_leaves_behind_fails_it_and_is_gone_for_the_next(tmp_path: P
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     for test, what in LEAKS.items():

@@ -86,7 +86,7 @@ def test_a_user_without_privileges_gets_the_same_by_a_user_namespace(script: Scr
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("hello") == 2
@@ -203,7 +203,7 @@ def test_missing_rights_are_named_with_the_way_to_get_them(script: Script) -> No
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
     assert (done.returncode, done.stdout) == (3, "")
     for text in ("networks of their own", "Operation not permitted", "user namespaces", "/dev/net/tun"):

@@ -130,7 +130,7 @@ def test_a_job_that_is_asked_to_stop_saves_its_last_step_first(config: Path) -> 
     try:
         assert eventually(lambda: events.exists() and len(losses(config)) >= 3, within_s=120)
         job.send_signal(signal.SIGTERM)
-        output, errors = job.communicate(timeout=60)
+        output, errors = job.communicate(timeout=150)
     finally:
         job.kill()
         job.wait()
