@@ -121,11 +121,12 @@ class Switch:
             control.tell(**self._changed(table))
 
     def _changed(self, table: Mapping[str, Any]) -> dict[str, str]:
-        name = str(table.get("name"))
+        name, now_ns = str(table.get("name")), time.monotonic_ns()
         try:
             if table.get("do") == "impair":
-                what = Impairment.from_json(table["what"])
-                self._links.impair(name, what, now_ns=time.monotonic_ns())
+                if now_ns > table["until_ns"]:  # the injector has given it up, and said so
+                    return {"failed": name, "reason": "it came too late"}
+                self._links.impair(name, Impairment.from_json(table["what"]), now_ns=now_ns)
             else:
                 self._links.lift(name)
         except (KeyError, TypeError, ValueError) as error:

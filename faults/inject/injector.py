@@ -15,6 +15,7 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from .timers import Timers
 from .truth import FAILED, FIRED, LIFTED, TruthLog
 
 ORDER_S = 5.0
+"""how long whoever carries the packets has to begin what it is asked for"""
 
 
 @dataclass(slots=True)
@@ -226,11 +228,15 @@ class Injector:
 
 
 def _order(carrier: socket.socket, **table: Any) -> None:
-    """Ask whoever carries the nodes' packets for something, and wait until it is done; raises OSError."""
-    lines = Lines()
+    """Ask whoever carries the nodes' packets for something, and wait until it is done; raises OSError.
+
+    What has not begun within ``ORDER_S`` is not begun any more, and what was begun at the last moment is taken back: a
+    fault that is written down as failed is none.
+    """
+    lines, until_ns = Lines(), time.monotonic_ns() + round(ORDER_S * 1e9)
     carrier.settimeout(ORDER_S)
     try:
-        carrier.sendall(encode(table))
+        carrier.sendall(encode({**table, "until_ns": until_ns}))
         while data := carrier.recv(LINE_BYTES):
             for answer in lines.add(data):
                 if answer.get("failed") == table["name"]:
@@ -238,6 +244,12 @@ def _order(carrier: socket.socket, **table: Any) -> None:
                 if answer.get("done") == table["name"]:  # others answer what was given up
                     return
         raise ConnectionError("whoever carried the packets of the nodes is gone")
+    except TimeoutError:
+        with suppress(OSError):
+            carrier.sendall(encode({"do": "lift", "name": table["name"]}))
+        raise TimeoutError(
+            f"whoever carries the packets of the nodes did not answer in {ORDER_S:g} s"
+        ) from None
     except ValueError as error:
         raise ConnectionError(f"the answer of the network cannot be understood: {error}") from None
     finally:
