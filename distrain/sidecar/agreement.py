@@ -11,7 +11,8 @@ what is on disk is decided by one rename. So if the coordinator dies, the next o
       opened     it fills a slot                              due        the tiers that the step will go to
       sealed     the slot is complete                         begin      write your ranks' part of it there
       gone       it is no good, or was skipped or dropped     protected  every rank has sealed it
-      left       the rank is not there any more               abandon    stop writing; ``again`` if it is tried again
+      ends       the rank will save nothing more              abandon    stop writing; ``again`` if it is tried again
+      left       it is not there any more
       prepared   one writer's bytes are durable on a tier     committed  it is a checkpoint
       failed     they are not                                 lost       forget the step
 
@@ -19,7 +20,7 @@ One attempt at one tier is a two-phase commit: all writers prepared, then one co
 go in, and come out as messages and as things to do (``Commit``, ``Retry``).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,8 @@ class Agreement:
         self._steps: dict[int, _Step] = {}
         self._skipped: dict[int, set[int]] = {}
         """ranks by step that they will not save"""
+        self._ended: set[int] = set()
+        """ranks that are there, and will save nothing more"""
         self._last: dict[int, int] = {}
         self._out: list[Output] = []
 
@@ -137,12 +140,15 @@ class Agreement:
             for tier, attempt in list(step.attempts.items()):
                 if attempt.active and not attempt.committing and not ranks <= attempt.digests.keys():
                     self._fail(number, tier, reason, after_s=self._rules.rejoin_s)
+        self._ended -= ranks
         self._without(ranks)
         return self._flush()
 
     def retry(self, tier: int, step: int) -> list[Output]:
-        """The pause after a failed attempt is over."""
+        """The pause after a failed attempt is over; with ``MEMORY``, the time in which ranks may bring a step along."""
         found = self._steps.get(step)
+        if found and tier == MEMORY and not found.is_decided:
+            self._lose(step, "not every rank has come back with it")
         attempt = found.attempts.get(tier) if found else None
         if found and attempt and not attempt.active:
             if self._can_begin(found, attempt):
@@ -185,9 +191,14 @@ class Agreement:
                 for n, tier, each in self._active()
             ]
         self._members.setdefault(member, set()).add(rank)
-        self._present.add(rank)
+        self._ended.discard(rank)
+        if message["is_there"]:
+            self._present.add(rank)
         for number, order in message["holds"]:
-            step = self._steps.setdefault(number, _Step())
+            if number not in self._steps:
+                self._steps[number] = _Step()
+                self._out.append(Retry(MEMORY, number, self._rules.rejoin_s))
+            step = self._steps[number]
             step.opened[rank] = order
             step.sealed[rank] = member
             for tier, folder in step.committed.items():
@@ -197,6 +208,8 @@ class Agreement:
                 if not step.is_decided:  # whether it was on disk, nobody knows any more
                     self._decide(number)
                 self._resume(number)
+            else:
+                self._lose_without_ended(number)
 
     def _on_opened(self, member: int, message: Message) -> None:
         number, rank = message["step"], message["rank"]
@@ -214,7 +227,9 @@ class Agreement:
         skipped.discard(rank)
         if skipped:
             self._lose(number, f"ranks {_shown(skipped)} skipped it")
-        elif not step.is_decided or message["durable"] > step.durable:
+        elif not self._lose_without_ended(number) and (
+            not step.is_decided or message["durable"] > step.durable
+        ):
             step.durable |= message["durable"]
             self._decide(number)
         self._trim()
@@ -231,8 +246,15 @@ class Agreement:
         if message["step"] in self._steps:
             self._lose(message["step"], f"rank {message['rank']}: {message['reason']}")
 
+    def _on_ends(self, member: int, message: Message) -> None:
+        """Whatever others have of steps that this rank has not begun, none of these will ever be complete."""
+        self._ended.add(message["rank"])
+        for number in list(self._steps):
+            self._lose_without_ended(number, ranks={message["rank"]})
+
     def _on_left(self, member: int, message: Message) -> None:
         rank = message["rank"]
+        self._ended.discard(rank)
         for ranks in self._skipped.values():
             ranks.discard(rank)
         for number in [n for n, s in self._steps.items() if rank not in s.sealed]:
@@ -357,6 +379,14 @@ class Agreement:
                 self._abandon(number, tier, attempt, reason, again=False)
         del self._steps[number]
         self._tell(do="lost", step=number, snapshots=list(step.opened.items()), reason=reason)
+
+    def _lose_without_ended(self, number: int, *, ranks: Collection[int] | None = None) -> bool:
+        """Lose a step that ``ranks`` (all that have ended) have not begun; whether there are any such."""
+        opened = self._steps[number].opened
+        lacking = [rank for rank in (self._ended if ranks is None else ranks) if rank not in opened]
+        if lacking:
+            self._lose(number, f"ranks {_shown(lacking)} have ended without it")
+        return bool(lacking)
 
     def _owe(self, tier: int, number: int) -> None:
         """The tier did not get this step: the next one is due, however soon it comes."""

@@ -31,7 +31,7 @@ class Step:
     due: set[int] | None = None
     """tiers that it is to reach, once the coordinator has said so"""
     is_undecided: bool = False
-    """the coordinator has been told of it, and has yet to say so"""
+    """the coordinator has been told of what is in memory, and has yet to say so"""
     committed: dict[int, str] = field(default_factory=dict)
     """folder by tier"""
     failed: dict[int, str] = field(default_factory=dict)
@@ -64,6 +64,7 @@ class Member:
 
     def arrive(self, slots: RankSlots) -> None:
         """A rank is here, with what it has in memory."""
+        slots.is_there, slots.has_ended = True, False
         if slots not in self.shelf.ranks:
             self.shelf.ranks.append(slots)
         self._introduce(slots)
@@ -104,8 +105,14 @@ class Member:
         self._send(slots.world_size, {"do": "gone", "rank": slots.rank, "step": step, "reason": reason})
         self.notify()
 
+    def end(self, slots: RankSlots) -> None:
+        """A rank will save nothing more."""
+        slots.has_ended = True
+        self._send(slots.world_size, {"do": "ends", "rank": slots.rank})
+
     def leave(self, slots: RankSlots) -> None:
         """A rank is gone; what it was filling is lost."""
+        slots.is_there = slots.has_ended = False
         for snapshot in filter(None, list(slots.snapshots)):
             if snapshot.state is State.FILLING:
                 self.give_up(slots, snapshot, "the trainer is gone")
@@ -117,8 +124,11 @@ class Member:
     @property
     def busy(self) -> bool:
         """Whether anything is being written, or will be as things stand."""
-        steps = self.steps.values() if self._link else ()
-        return self.work.busy or any(each.outstanding or each.is_undecided for each in steps)
+        steps = self.steps.items() if self._link else ()
+        return self.work.busy or any(
+            known.outstanding or (known.is_undecided and any(self.shelf.snapshots(*key)))
+            for key, known in steps
+        )
 
     @property
     def is_linked(self) -> bool:
@@ -160,6 +170,9 @@ class Member:
         self._link = link
         for slots in self.shelf.ranks:
             self._introduce(slots)
+        for slots in self.shelf.ranks:
+            if slots.has_ended and not slots.retired:
+                self.end(slots)
 
     def unlink(self, reason: str) -> None:
         """The coordinator is gone. What is being written would never be committed; the next one begins anew."""
@@ -259,7 +272,8 @@ class Member:
         for slots, snapshot in self.shelf.snapshots(world, step):
             if orders.get(slots.rank) == snapshot.order:
                 self._discard(slots, snapshot, reason)
-        self._say("warning", "step_lost", f"step {step} will not be complete: {reason}", step=step)
+        if not known.committed:
+            self._say("warning", "step_lost", f"step {step} will not be complete: {reason}", step=step)
 
     # -- helpers
 
@@ -285,8 +299,9 @@ class Member:
         fills = [[each.step, each.order] for each in filling]
         for snapshot in good:
             known = self._step(slots.world_size, snapshot.step)
-            known.is_undecided = known.due is None or snapshot.state is State.FILLING
-        self._send(slots.world_size, {"do": "rank", "rank": slots.rank, "holds": holds, "fills": fills})
+            known.is_undecided = known.due is None
+        here = {"rank": slots.rank, "is_there": slots.is_there, "holds": holds, "fills": fills}
+        self._send(slots.world_size, {"do": "rank", **here})
         for snapshot in filling:
             self._tell_opened(slots, snapshot)
 

@@ -297,6 +297,7 @@ class Session:
 
     async def _do_drain(self, frame: Frame) -> Header:
         deadline = _deadline(frame.header)
+        self._member.end(self.slots)
         patience = min(deadline, asyncio.get_running_loop().time() + STRANDED_S)
         while self._member.busy or self._member.is_stranded:
             is_alone = self._member.is_stranded and not self._member.busy

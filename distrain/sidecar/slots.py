@@ -94,6 +94,8 @@ class RankSlots:
         self.snapshots: list[Snapshot | None] = [None] * arena.shape.num_slots
         self.retired = False
         """the rank has other memory now; this is for reading only"""
+        self.is_there = self.has_ended = False
+        """whether its trainer is connected, and whether that will save nothing more"""
 
     def fill(self, index: int, snapshot: Snapshot) -> None:
         """Begin a new snapshot in a free slot."""

@@ -30,7 +30,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Say ``retry`` after a while."""
+    """Say ``retry`` after a while; the tier is ``MEMORY`` where it is ranks that are waited for."""
 
     tier: int
     step: int

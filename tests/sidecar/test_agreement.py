@@ -1,6 +1,6 @@
 """What keepers agree on, in every order of events."""
 
-from itertools import count
+from itertools import count, permutations
 from typing import Any
 
 import pytest
@@ -37,9 +37,15 @@ class Talk:
     def take(self, do: str, member: int, **fields: Any) -> None:
         self.hear(self.agreement.take(member, {"do": do, **fields}))
 
-    def come(self, rank: int, holds: tuple[int, ...] = (), *, member: int | None = None) -> None:
-        rows = [[step, self.order[rank, step]] for step in holds]
-        self.take("rank", rank if member is None else member, rank=rank, holds=rows, fills=[])
+    def come(
+        self, rank: int, holds: tuple[int, ...] = (), *, member: int | None = None, is_there: bool = True
+    ) -> None:
+        rows = [[step, self.order.setdefault((rank, step), next(self.orders))] for step in holds]
+        who = {"rank": rank, "is_there": is_there}
+        self.take("rank", rank if member is None else member, **who, holds=rows, fills=[])
+
+    def end(self, rank: int) -> None:
+        self.take("ends", rank, rank=rank)
 
     def open(self, rank: int, step: int, *, durable: bool = False, streams: bool = False) -> None:
         self.order[rank, step] = next(self.orders)
@@ -252,7 +258,6 @@ def test_a_new_coordinator_begins_with_what_the_keepers_hold() -> None:
 
 def test_a_rank_that_opens_what_another_brought_along_has_it_decided_too() -> None:
     talk = Talk()
-    talk.order[0, 4] = 1
     talk.come(0, holds=(4,))
     talk.come(1)
     talk.open(1, 4)
@@ -269,6 +274,70 @@ def test_once_everybody_is_gone_nothing_is_waited_for(talk: Talk) -> None:
     assert talk.told("lost") == [1] and not talk.agreement.busy
 
 
+def in_order(events: tuple[str, ...]) -> bool:
+    return all(events.index(f"{rank} comes") < events.index(f"{rank} ends") for rank in range(2))
+
+
+ORDERS = list(filter(in_order, permutations(["0 comes", "0 ends", "1 comes", "1 ends"])))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=", ".join)
+def test_a_step_that_a_rank_ends_without_is_lost_in_every_order_of_events(order: tuple[str, ...]) -> None:
+    """To a new coordinator rank 0 brings step 4 along, rank 1 only step 5: nobody will complete either."""
+    talk = Talk()
+    for event in order:
+        rank = int(event[0])
+        if event.endswith("comes"):
+            talk.come(rank, holds=(4 + rank,))
+        else:
+            talk.end(rank)
+    assert sorted(talk.told("lost")) == [4, 5] and not talk.agreement.busy
+    assert all("ended without it" in m["reason"] for m in talk.said if m["do"] == "lost")
+
+
+def test_a_rank_that_has_ended_is_not_waited_for_by_those_that_go_on(talk: Talk) -> None:
+    talk.save(1)
+    talk.end(0)
+    assert not talk.told("lost")
+    talk.open(1, 2)
+    assert talk.told("lost") == [2] and talk.told("begin") == [1]
+    talk.take("left", 0, rank=0)
+    talk.open(1, 3)  # whoever has left may come back: the next life of a job need not come in order
+    talk.come(0)
+    talk.open(0, 3)
+    for rank in range(2):
+        talk.seal(rank, 3)
+    assert talk.told("lost") == [2] and talk.told("protected") == [1, 3]
+
+
+def test_ranks_that_do_not_come_back_with_a_step_are_not_waited_for_for_ever() -> None:
+    talk = Talk()
+    talk.come(0, holds=(4,))
+    (retry,) = talk.retries
+    assert (retry.tier, retry.step, retry.after_s) == (MEMORY, 4, 30.0)
+    talk.hear(talk.agreement.retry(retry.tier, retry.step))
+    assert talk.told("lost") == [4] and not talk.agreement.busy
+
+
+def test_the_time_to_come_back_means_nothing_to_a_step_that_is_complete_by_then() -> None:
+    talk = Talk()
+    talk.come(0, holds=(4,))
+    talk.come(1, holds=(4,))
+    talk.hear(talk.agreement.retry(MEMORY, 4))
+    assert not talk.told("lost") and talk.told("begin") == [4]
+
+
+def test_memory_of_ranks_that_are_gone_counts_but_they_do_not() -> None:
+    talk = Talk()
+    talk.come(0)
+    talk.come(1, holds=(4,), is_there=False)
+    talk.open(0, 4)
+    assert talk.told("begin") == [4]
+    talk.open(0, 5)  # of which rank 1 has nothing
+    talk.take("left", 0, rank=0)
+    assert not talk.agreement.busy and 5 in talk.told("lost")
+
+
 def test_a_stream_is_never_protected_nor_tried_again() -> None:
     talk = Talk(1)
     talk.come(0)
@@ -280,6 +349,38 @@ def test_a_stream_is_never_protected_nor_tried_again() -> None:
     talk.prepare(0, 2)
     talk.finish()
     assert not talk.told("protected") and talk.told("committed") == [2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(1, 3)), max_size=40))
+def test_once_all_have_ended_every_step_is_on_its_way_or_lost(events: list[tuple[int, int, int]]) -> None:
+    talk, here = Talk(), set[int]()
+    for kind, rank, step in events:
+        if kind == 0:
+            talk.hear(talk.agreement.gone_member(rank))
+            here.discard(rank)
+        elif kind == 1 or rank not in here:
+            talk.come(rank, holds=(step,))
+            here.add(rank)
+        elif kind == 2:
+            talk.open(rank, step)
+        elif kind == 3 and (rank, step) in talk.order:
+            talk.seal(rank, step)
+        elif kind == 4:
+            talk.end(rank)
+        else:
+            talk.take("left", rank, rank=rank)
+            here.discard(rank)
+    for rank in range(2):
+        talk.hear(talk.agreement.gone_member(rank))
+    said = len(talk.said)
+    for rank in range(2):
+        talk.come(rank, holds=(4, 6 + rank), member=10 + rank)
+    for rank in range(2):
+        talk.end(rank)
+    told = {
+        step: m["do"] for m in talk.said[said:] if (step := m["step"]) >= 4 and m["do"] in ("due", "lost")
+    }
+    assert told == {4: "due", 6: "lost", 7: "lost"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 1), st.integers(1, 3)), max_size=60))

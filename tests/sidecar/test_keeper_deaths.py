@@ -9,6 +9,7 @@ import pytest
 
 from distrain.core.sidecar_client import KeeperLost
 from helpers.keepers import (
+    DEADLINE_S,
     Fault,
     Keepers,
     Rank,
@@ -101,6 +102,24 @@ def test_the_ranks_that_are_left_complete_a_step_that_the_killed_one_had_sealed(
     rank.save(1)
     assert rank.client.wait(1, level="committed", timeout_s=30).state == "PROTECTED"
     assert is_saved(tier.url, 1, world_size=2)
+
+
+def test_the_end_waits_for_no_step_that_another_rank_ends_without(keepers: Keepers, tmp_path: Path) -> None:
+    """Whether the keeper that was told of the step is still there or not."""
+    tier, steps = local(tmp_path), (1, 3)
+    for first in steps:
+        ranks = [keepers.rank(config_of(tier), rank=rank, world_size=2) for rank in range(2)]
+        for rank in ranks:
+            rank.save(first)
+        ranks[0].save(first + 1)
+        if first == steps[-1]:
+            assert ranks[0].client.wait(first, level="committed", timeout_s=30).reached
+            kill(keeper_of(ranks[0]))
+            until(lambda ranks=ranks: all(map(answers, ranks)), "another keeper")  # type: ignore[misc]
+        for rank in reversed(ranks):
+            assert rank.client.close(flush=True, timeout_s=DEADLINE_S)
+        assert not [notice for notice in ranks[0].notices if notice["event"] == "not_flushed"]
+    assert set(committed(tier.url)) == set(steps)
 
 
 def test_a_step_that_a_killed_rank_had_not_sealed_is_lost_for_all(keepers: Keepers, tmp_path: Path) -> None:
