@@ -42,12 +42,23 @@ def _as_json(loaded: Loaded, *, origin: bool) -> str:
 def _as_toml(loaded: Loaded, *, origin: bool) -> str:
     """TOML that ``load`` reads back; origins stand in comments, aligned."""
     lines: list[tuple[str, str]] = []
+    rows: list[
+        tuple[str, str]
+    ] = []  # tables of a list stand behind the values of the table that they belong to
     table = ""
     for key, value in flatten(loaded.config).items():
         section, _, leaf = key.rpartition(".")
         if section != table:
-            lines += [("", ""), (f"[{section}]", "")]
-            table = section
-        lines.append((f"{leaf} = {json.dumps(value, ensure_ascii=False)}", loaded.origins[key]))
+            lines += [*rows, ("", ""), (f"[{section}]", "")]
+            table, rows = section, []
+        if isinstance(value, list) and value:
+            for row in value:
+                rows += [("", ""), (f"[[{key}]]", loaded.origins[key])]
+                rows += [
+                    (f"{name} = {json.dumps(cell, ensure_ascii=False)}", "") for name, cell in row.items()
+                ]
+        else:
+            lines.append((f"{leaf} = {json.dumps(value, ensure_ascii=False)}", loaded.origins[key]))
+    lines += rows
     width = max(len(text) for text, _ in lines)
     return "\n".join(f"{text:{width}}  # {where}" if origin and where else text for text, where in lines)

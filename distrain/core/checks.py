@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from .config import ActivationsConfig, DataConfig, ParallelConfig, RunConfig, flatten
+from .config import ActivationsConfig, CheckpointConfig, DataConfig, ParallelConfig, RunConfig, flatten
 from .errors import Problem, nearest
 from .layout import check_layout, check_mesh, check_model
 from .timeouts import check_ladder
@@ -89,7 +89,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Problem]:
     if parallel.schedule is Schedule.INTERLEAVED:  # degrees() drops vpp where pp = 1
         degrees = replace(degrees, vpp=parallel.vpp)
     problems = [*_choices(config), *_ranges(config), *_relations(config), *_folders(config)]
-    problems += _activations(config.activations)
+    problems += [*_activations(config.activations), *_tiers(config.checkpoint)]
     problems += [*check_ladder(config.timeouts), *_sequences(config, degrees.dp)]
     problems += check_mesh(
         degrees,
@@ -186,6 +186,52 @@ def _activations(given: ActivationsConfig) -> Iterator[Problem]:
                 f"{default}",
                 f"--set activations.{name}={default}",
             )
+
+
+_TIER_RANGES: Mapping[str, _Range] = MappingProxyType(
+    {
+        "every": _at_least(1),
+        "keep_last": _at_least(1),
+        "keep_every": _at_least(0),
+        "bytes_per_s": _at_least(0),
+    }
+)
+
+
+def _tiers(given: CheckpointConfig) -> Iterator[Problem]:
+    """Levels of storage that cannot be, and what is not used where there are levels."""
+    if not given.tiers:
+        return
+    unused = {"path": "", "disk_every": 0, "keep_last": CheckpointConfig().keep_last}
+    for name, default in unused.items():
+        if (value := getattr(given, name)) != default:
+            allowed = (
+                f"url of a tier in place of {name}" if name == "path" else "every and keep_last of each tier"
+            )
+            yield Problem(
+                f"checkpoint.{name} is not used with checkpoint.tiers", f"{name} = {value}", allowed
+            )
+    if not given.enabled:
+        yield Problem(
+            "checkpoint.tiers get no snapshots",
+            "every = 0, auto = false",
+            "snapshots that are written to them",
+            "--set checkpoint.every=100",
+        )
+    for number, tier in enumerate(given.tiers, start=1):
+        where = f"table {number} of checkpoint.tiers"
+        if not tier.url:
+            yield Problem(
+                "a tier has no url", where, "a folder, or an address that fsspec knows", "url = ..."
+            )
+        for name, (holds, allowed) in _TIER_RANGES.items():
+            if not holds(getattr(tier, name)):
+                yield Problem(f"{name} of a tier is out of range", f"{where}: {getattr(tier, name)}", allowed)
+    names = [tier.name or tier.url for tier in given.tiers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(
+            "two tiers have the same name or url", ", ".join(twice), "a name for each", "name = ..."
+        )
 
 
 def _sequences(config: RunConfig, dp: int) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ whether the values can work together. Every field carries its documentation as t
 ``distrain config show`` prints its help.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from distrain.core.vocabulary import (
@@ -163,6 +163,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointTier:
+    """``[[checkpoint.tiers]]``: one level of storage below memory, the fastest first."""
+
+    url: str = ""
+    """a folder, or an address that fsspec knows (``s3://bucket/run``); ``{node}`` stands for the rank of the node"""
+    name: str = ""
+    """how events and messages call it; "" is the url"""
+    every: int = 1
+    """steps between two checkpoints there; 1 takes every snapshot"""
+    keep_last: int = 3
+    """checkpoints that stay there"""
+    keep_every: int = 0
+    """and those whose step is a multiple of this; 0 for none"""
+    shared: bool = True
+    """all nodes see the same folder; false for a disk of the node, which gets the bytes of the node's own ranks"""
+    bytes_per_s: float = 0.0
+    """most that a node writes to it; 0 for no limit"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     """``[checkpoint]``: snapshots in memory, written to disk beside training; with ``every`` or ``auto``."""
 
@@ -173,11 +193,13 @@ class CheckpointConfig:
     overhead: float = 0.02
     """with ``auto``: the largest share of the time that training may wait for saves"""
     disk_every: int = 0
-    """steps between two checkpoints on disk; 0 writes every snapshot"""
+    """steps between two checkpoints on disk; 0 writes every snapshot; not with ``tiers``"""
     path: str = ""
-    """folder; "" is run_dir/checkpoints"""
+    """folder; "" is run_dir/checkpoints; not with ``tiers``"""
     keep_last: int = 3
-    """checkpoints that stay on disk"""
+    """checkpoints that stay on disk; not with ``tiers``"""
+    tiers: tuple[CheckpointTier, ...] = ()
+    """levels of storage in place of one folder: tables ``[[checkpoint.tiers]]``"""
     lazy: bool = True
     """copy beside the next step instead of before it"""
     policy: str = "block"
@@ -264,7 +286,7 @@ class RunConfig:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Every value of ``config`` by its dotted key, in the order of the dataclasses."""
+    """Every value of ``config`` by its dotted key, in the order of the dataclasses; rows of tables as plain ones."""
     flat: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
@@ -272,7 +294,8 @@ def flatten(config: RunConfig) -> dict[str, Any]:
             flat |= {f"{item.name}.{sub.name}": getattr(value, sub.name) for sub in fields(value)}
         else:
             flat[item.name] = value
-    return flat
+    rows = {key: [asdict(row) for row in value] for key, value in flat.items() if isinstance(value, tuple)}
+    return flat | rows
 
 
 def nested(config: RunConfig) -> dict[str, Any]:

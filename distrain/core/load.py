@@ -12,12 +12,13 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .config import RunConfig, flatten
 from .errors import Problem, nearest, raise_if
@@ -91,11 +92,14 @@ def _build(
         if kind is None:
             problems.append(_unknown(entry))
             continue
+        origins[key] = entry.origin
+        if row_kind := _row_kind(kind):
+            values[key] = tuple(_read_rows(entry, row_kind, problems))
+            continue
         try:
             values[key] = _convert(entry.value, kind) if entry.typed else _from_text(entry.value, kind)
         except (ValueError, OverflowError):
             problems.append(_wrong_type(entry, kind))
-        origins[key] = entry.origin
     config = _assemble(values)
     raise_if([*problems, *check(config)])
     return Loaded(config, origins)
@@ -121,6 +125,11 @@ def _kinds() -> Mapping[str, type]:
         else:
             kinds[name] = hint
     return MappingProxyType(kinds)
+
+
+def _row_kind(kind: type) -> type | None:
+    """The dataclass of the rows of ``[[table.name]]``; None for a key with one value."""
+    return next((each for each in get_args(kind) if isinstance(each, type)), None)
 
 
 def _tables() -> list[str]:
@@ -212,7 +221,7 @@ def _key_lines(text: str) -> dict[str, int]:
     lines: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), start=1):
-        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+        if header := re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line):
             table = header[1] + "."
             lines.setdefault(header[1], number)
         elif key := re.match(r"\s*([\w.-]+)\s*=", line):
@@ -221,6 +230,32 @@ def _key_lines(text: str) -> dict[str, int]:
 
 
 # -- values --------------------------------------------------------------------------------------------------
+
+
+def _read_rows(entry: _Entry, kind: type, problems: list[Problem]) -> Iterator[Any]:
+    """Rows of a list of tables; variables and overrides spell it as JSON."""
+    rows, kinds = entry.value, get_type_hints(kind)
+    if not entry.typed:
+        with suppress(ValueError):  # what is still text is refused below
+            rows = json.loads(entry.value)
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        allowed = f"tables [[{entry.key}]]" + (" as a JSON list" if not entry.typed else "")
+        problems.append(Problem(f"{entry.key} is a list of tables", entry.got, allowed))
+        return
+    for number, row in enumerate(rows, start=1):
+        values: dict[str, Any] = {}
+        for leaf, value in row.items():
+            cell = _Entry(f"{entry.key}.{leaf}", value, f"table {number}, {entry.origin}")
+            if leaf not in kinds:
+                close = nearest(leaf, kinds)
+                error = f"[[{entry.key}]] has no key {leaf}"
+                problems.append(Problem(error, cell.got, ", ".join(kinds), close or ""))
+                continue
+            try:
+                values[leaf] = _convert(value, kinds[leaf])
+            except (ValueError, OverflowError):
+                problems.append(_wrong_type(cell, kinds[leaf]))
+        yield kind(**values)
 
 
 def _convert(value: Any, kind: type) -> Any:

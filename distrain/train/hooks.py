@@ -118,12 +118,11 @@ class SaveCheckpoints(Hook):
     def on_start(self, trainer: "Trainer") -> None:
         """Go on from the newest step that all ranks can read."""
         options, folder = self._config.checkpoint, checkpoint_folder(self._config)
+        disk = TierConfig(url=str(folder), every=max(1, options.disk_every), keep_last=options.keep_last)
         self._checkpoints = Checkpointer(
             folder,
             every=Auto(overhead=options.overhead) if options.auto else options.every,
-            tiers=(
-                TierConfig(url=str(folder), every=max(1, options.disk_every), keep_last=options.keep_last),
-            ),
+            tiers=[TierConfig(**asdict(tier)) for tier in options.tiers] or [disk],
             lazy=options.lazy,
             policy=options.policy,
             strict=options.strict,

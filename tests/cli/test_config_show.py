@@ -22,6 +22,11 @@ schedule = "zbv"
 
 [optimizer]
 eps = 1e-12
+
+[[checkpoint.tiers]]
+url = "near-{node}"
+shared = false
+every = 2
 """
 
 

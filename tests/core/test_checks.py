@@ -269,6 +269,23 @@ def test_auto_layouts_are_still_refused_for_what_no_layout_can_mend() -> None:
     ]
 
 
+def test_levels_of_storage_are_checked_one_by_one_and_replace_the_one_folder() -> None:
+    rows = '[{"url": "a", "every": 0}, {"url": "b", "name": "a", "keep_last": 0}, {"bytes_per_s": -1.0}]'
+    config = configured(f"checkpoint.tiers={rows}", "checkpoint.path=c", "checkpoint.keep_last=2")
+    assert errors(check_run(config, 1)) == [
+        "a tier has no url",
+        "bytes_per_s of a tier is out of range",
+        "checkpoint.keep_last is not used with checkpoint.tiers",
+        "checkpoint.path is not used with checkpoint.tiers",
+        "checkpoint.tiers get no snapshots",
+        "every of a tier is out of range",
+        "keep_last of a tier is out of range",
+        "two tiers have the same name or url",
+    ]
+    good = '[{"url": "near-{node}", "shared": false}, {"url": "s3://bucket/run", "every": 10}]'
+    assert not check_run(configured(f"checkpoint.tiers={good}", "checkpoint.every=5"), 1)
+
+
 def test_sources_that_read_files_need_a_folder_and_the_library_needs_none(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")

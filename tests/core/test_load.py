@@ -1,10 +1,10 @@
 """The config loader: precedence, origins, types, and every problem of every layer at once."""
 
 import json
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -36,16 +36,21 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
 }
 
 
+def values_of(kind: type) -> st.SearchStrategy[Any]:
+    """Any value of a type that a key can have."""
+    if rows := [each for each in get_args(kind) if is_dataclass(each)]:
+        cells = {leaf: values_of(cell) for leaf, cell in get_type_hints(rows[0]).items()}
+        return st.lists(st.builds(rows[0], **cells), max_size=2).map(tuple)
+    return st.sampled_from(list(kind)) if issubclass(kind, StrEnum) else VALUES[kind]
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> RunConfig:
     """Any RunConfig that the types allow, sensible or not."""
     config = RunConfig()
     for name, hint in get_type_hints(RunConfig).items():
         kinds = get_type_hints(hint) if hasattr(hint, "__dataclass_fields__") else {name: hint}
-        values = {
-            leaf: draw(st.sampled_from(list(kind)) if issubclass(kind, StrEnum) else VALUES[kind])
-            for leaf, kind in kinds.items()
-        }
+        values = {leaf: draw(values_of(kind)) for leaf, kind in kinds.items()}
         config = replace(config, **({name: hint(**values)} if kinds.keys() != {name} else values))
     return config
 
@@ -260,6 +265,55 @@ def test_a_directory_is_no_config_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").mkdir()
     (problem,) = problems_of(tmp_path / "run.toml")
     assert "Is a directory" in problem.got
+
+
+TIERS = """\
+[checkpoint]
+every = 2
+
+[[checkpoint.tiers]]
+url = "near-{node}"
+shared = false
+
+[[checkpoint.tiers]]
+url = "s3://bucket/run"
+every = 10
+bytes_per_s = 5
+"""
+
+
+def test_tables_of_a_list_become_rows_in_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, TIERS)
+    loaded = load(path, environ={})
+    near, far = loaded.config.checkpoint.tiers
+    assert (near.url, near.shared, near.every, far.every, far.bytes_per_s) == (
+        "near-{node}",
+        False,
+        1,
+        10,
+        5.0,
+    )
+    assert loaded.origins["checkpoint.tiers"] == f"{path}:4"
+    text = json.dumps([{"url": "elsewhere"}])
+    (only,) = load(path, overrides=[f"checkpoint.tiers={text}"], environ={}).config.checkpoint.tiers
+    assert only.url == "elsewhere"
+    assert not load(path, environ={"DISTRAIN_CHECKPOINT__TIERS": "[]"}).config.checkpoint.tiers
+
+
+def test_every_problem_of_every_table_of_a_list_is_named(tmp_path: Path) -> None:
+    text = TIERS.replace("shared = false", 'shared = "no"').replace("bytes_per_s = 5", "evry = 5\nname = 7")
+    found = problems_of(write(tmp_path, text))
+    assert [problem.error for problem in found] == [
+        "checkpoint.tiers.shared has the wrong type",
+        "[[checkpoint.tiers]] has no key evry",
+        "checkpoint.tiers.name has the wrong type",
+    ]
+    assert "table 1" in found[0].got and "table 2" in found[1].got and found[1].hint == "every"
+    for words in ("tiers = 3", "tiers = [1]", 'tiers = { url = "x" }'):
+        (problem,) = problems_of(write(tmp_path, f"[checkpoint]\n{words}\n"))
+        assert problem.error == "checkpoint.tiers is a list of tables"
+    (problem,) = problems_of(write(tmp_path, ""), "checkpoint.tiers=/a/folder")
+    assert "JSON" in problem.allowed
 
 
 def test_parse_refuses_what_it_does_not_know() -> None:
