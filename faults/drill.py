@@ -129,11 +129,14 @@ def _launch(drill: Drill, run_folder: Path, name: str, variables: Mapping[str, s
 
 
 def _steps(run_folder: Path, *, since_ns: int) -> tuple[StepDone, ...]:
-    """The steps of one launch: its event log has a scalar ``seconds`` for each."""
+    """The steps of one launch: its event log has a scalar ``seconds`` for each.
+
+    Their wall time is reckoned from the monotonic one, which no fault changes.
+    """
     logs = [*run_folder.glob("events.jsonl"), *run_folder.glob("*/events.jsonl")]
-    found = []
+    found, epoch_ns = [], time.time_ns() - time.monotonic_ns()
     for event in (event for log in logs for event in read_events(log)):
-        wall_ns = round(event.wall_s * 1e9)
+        wall_ns = epoch_ns + event.mono_ns
         if event.name == "seconds" and event.step is not None and wall_ns >= since_ns:
             found.append(StepDone(step=event.step, wall_ns=wall_ns, seconds=event.value or 0.0))
     return tuple(found)

@@ -41,9 +41,14 @@ def load(name: str, sources: Sequence[Path], *, build: bool, flags: Sequence[str
         MissingDependencyError: it is not built, there is no compiler, or the compiler refused the sources (the
             message holds what it said).
     """
+    return ctypes.CDLL(str(find(name, sources, build=build, flags=flags)))
+
+
+def find(name: str, sources: Sequence[Path], *, build: bool, flags: Sequence[str] = ()) -> Path:
+    """Where the library is that ``load`` loads, for whoever has others load it; raises the same."""
     folder = _folder(name, sources, (*FLAGS, *flags))
     if build:
-        return ctypes.CDLL(str(_built(folder, sources, flags)))
+        return _built(folder, sources, flags)
     libraries = sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime_ns)
     if not libraries:
         raise MissingDependencyError(
@@ -51,7 +56,7 @@ def load(name: str, sources: Sequence[Path], *, build: bool, flags: Sequence[str
             got=f"no library in {folder}",
             hint="build it before the job: distrain.core.native.load(..., build=True)",
         )
-    return ctypes.CDLL(str(_trusted(libraries[-1])))
+    return _trusted(libraries[-1])
 
 
 def cache_dir() -> Path:

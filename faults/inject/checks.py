@@ -12,8 +12,8 @@ from itertools import combinations
 from distrain.core.errors import Problem, nearest
 from distrain.core.vocabulary import FaultKind
 
-from .capabilities import HINTS, NETWORK, Capabilities, probe
-from .kinds import KINDS, Engine, KindSpec, Lasting, Victim
+from .capabilities import CLOCK, HINTS, NETWORK, Capabilities, probe
+from .kinds import KINDS, KindSpec, Lasting, Victim
 from .plan import BETWEEN, IN_COLLECTIVE, Fault, FaultPlan, Target
 
 ROLES = ("trainer", "keeper")
@@ -72,8 +72,8 @@ def check_entries(
     """``check`` for a plan of which some could not be read."""
     faults = [entry.fault for entry in entries if entry.fault]
     if capabilities is None:  # control groups are only tried where somebody wants one
-        wanted = any(KINDS[fault.kind].needs for fault in faults)
-        capabilities = probe() if wanted else Capabilities()
+        wanted = {need for fault in faults for need in KINDS[fault.kind].needs}
+        capabilities = probe(builds=CLOCK in wanted) if wanted else Capabilities()
     problems: list[Problem] = []
     for entry in entries:
         problems += _existence(entry.name, entry.target, job)
@@ -299,9 +299,9 @@ def _second(fault: Fault) -> float | None:
 
 def _is_for_good(fault: Fault) -> bool:
     spec = KINDS[fault.kind]
-    if spec.engine is Engine.OUTSIDE:
-        return spec.lasting is Lasting.MAY and not fault.duration_s
-    return fault.params.get("times") == 0
+    if "times" in spec.params:
+        return fault.params.get("times") == 0
+    return spec.lasting is Lasting.MAY and not fault.duration_s
 
 
 def _when(fault: Fault) -> str:

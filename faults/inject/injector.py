@@ -28,9 +28,10 @@ from distrain.core.clock import Clock, MonotonicClock
 from distrain.core.vocabulary import FaultKind
 
 from .arming import PLAN, TRUTH
-from .capabilities import NETWORK
+from .capabilities import CLOCK, NETWORK
 from .control import LINE_BYTES, SOCKET, Lines, encode, peer_of, short_path
 from .effects import EFFECTS, Hit, Undo, node_of, store_of
+from .engines.clock import preload
 from .kinds import KINDS, Victim
 from .plan import Fault, FaultPlan
 from .timers import Timers
@@ -63,8 +64,10 @@ class Injector:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What the environment of the job must hold."""
-        return {PLAN: str(self.folder / "plan.json"), TRUTH: str(self.folder)}
+        """What the environment of the job must hold; raises MissingDependencyError."""
+        needs = {need for fault in self.plan.faults for need in KINDS[fault.kind].needs}
+        preloaded = preload() if CLOCK in needs else {}
+        return {PLAN: str(self.folder / "plan.json"), TRUTH: str(self.folder), **preloaded}
 
     def pids(self, role: str, *, node: int | None = None) -> list[int]:
         """Armed processes of a role (trainer, keeper or network) that live now, on one node or all."""

@@ -26,6 +26,8 @@ class Engine(StrEnum):
     """in the trainer: what it says to the others"""
     STORAGE = "storage"
     """in whatever process reads or writes checkpoints"""
+    CLOCK = "clock"
+    """in the trainer: what it is told of the time of day"""
     OUTSIDE = "outside"
     """the injector, a process that is none of the victims"""
     NONE = "none"
@@ -252,9 +254,12 @@ KINDS: Mapping[FaultKind, KindSpec] = MappingProxyType(
         FaultKind.NET_FLAP: _network(
             Victim.LINK, period_s=_between(2.0, 0.1, 3600.0), down=_between(0.5, 0.01, 0.99)
         ),
-        FaultKind.CLOCK_SKEW: _refused(
-            Victim.NODE,
-            "the nodes of a drill share one machine's clock, which the kernel cannot shift for some",
+        FaultKind.CLOCK_SKEW: _process(
+            Engine.CLOCK,
+            lasting=Lasting.MAY,
+            exclusive="clock",
+            needs=("clock",),
+            params=_params(offset_s=_between(60.0, -3e8, 3e8)),  # ten years
         ),
         FaultKind.GPU_XID: _refused(Victim.RANK, "nobody reads Xid messages yet"),
     }

@@ -45,7 +45,10 @@ class Record:
 
 
 class TruthLog:
-    """Appends to the file of one process, which only its owner can read."""
+    """Appends to the file of one process, which only its owner can read.
+
+    Wall time is what it was when the log was opened and has passed since: later the clock may be made wrong.
+    """
 
     def __init__(self, folder: Path, *, who: str, clock: Clock | None = None) -> None:
         """``who`` names the file: no two processes that run at a time may share it. Raises OSError."""
@@ -53,6 +56,7 @@ class TruthLog:
         path = folder / f"{who}.jsonl"
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._clock = clock or MonotonicClock()
+        self._epoch_ns = round(self._clock.wall_s() * 1e9) - self._clock.monotonic_ns()
         self._host = socket.gethostname()
 
     def write(
@@ -67,14 +71,15 @@ class TruthLog:
         detail: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Append one line, in one write, so that it is whole or not there whatever dies next; raises OSError."""
+        mono_ns = self._clock.monotonic_ns()
         line = {
             "fault": fault,
             "kind": kind,
             "event": event,
             "victim": victim,
             "pid": pid,
-            "wall_ns": round(self._clock.wall_s() * 1e9),
-            "mono_ns": self._clock.monotonic_ns(),
+            "wall_ns": self._epoch_ns + mono_ns,
+            "mono_ns": mono_ns,
             "host": self._host,
             "step": step,
             "detail": dict(detail),

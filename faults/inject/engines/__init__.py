@@ -23,6 +23,7 @@ ENGINES: Mapping[Engine, str] = MappingProxyType(
         Engine.DATA: ".data",
         Engine.COLLECTIVES: ".collectives",
         Engine.STORAGE: ".storage",
+        Engine.CLOCK: ".clock",
         Engine.OUTSIDE: ".outside",
     }
 )
