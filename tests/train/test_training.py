@@ -207,7 +207,10 @@ def test_torchrun_can_start_the_trainer(config: Path) -> None:
         "distrain.train",
     ]
     done = subprocess.run(
-        [*torchrun, str(config), "parallel.tp=2", "train.steps=2"], capture_output=True, text=True, timeout=150
+        [*torchrun, str(config), "parallel.tp=2", "train.steps=2"],
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     assert len(scalars(config, "loss")) == 2
