@@ -9,6 +9,7 @@ pipeline (PTD-P section 3)::
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,11 +65,15 @@ def init(
         "dp": _block(mesh, ("dp_replicate", "dp_shard")),
         "model": _block(mesh, ("dp_replicate", "dp_shard", "tp")),
     }
+    for group in groups.values():
+        with suppress(RuntimeError):  # a backend that waits for nobody has none
+            group.set_timeout(timeout)  # a mesh gives its groups torch's default, half an hour on gloo
     coordinates = {axis: mesh.get_local_rank(axis) for axis in AXES}
     coordinates["dp"] = coordinates["dp_replicate"] * degrees.dp_shard + coordinates["dp_shard"]
-    return Parallel(
-        degrees, mesh, GroupRegistry(groups, timeout=timeout), opened, dist.get_rank(), coordinates
-    )
+    # All ranks have made as many groups with torch's own calls, and more in each ``init``: so many are its name.
+    name = str(dist.distributed_c10d._world.group_count)
+    registry = GroupRegistry(groups, timeout=timeout, name=name)
+    return Parallel(degrees, mesh, registry, opened, dist.get_rank(), coordinates)
 
 
 def _degrees(plan: ParallelPlan | Degrees | None, world_size: int) -> Degrees:

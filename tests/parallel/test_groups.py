@@ -1,5 +1,7 @@
 """Process groups that only their members make."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,3 +57,39 @@ def test_two_registries_of_one_purpose_have_groups_of_their_own() -> None:
 @pytest.mark.ranks
 def test_a_group_can_be_given_up_and_made_again() -> None:
     assert run_ranks(_dropped_and_made_again, 2) == [[1, 1, 1]] * 2
+
+
+def _in_two_lives(rank: int, world_size: int) -> list[float]:
+    """Two loops in one process, each with an ``init`` of its own, and a rank that has been in other groups."""
+    sums = []
+    for _ in range(2):
+        groups = init(Degrees(dp=world_size), device="cpu").groups
+        if rank < 2:
+            sums.append(_sum(groups.of((0, 1))))
+        sums.append(_sum(groups.apart("test").of((0, 1, 2))))
+    return sums
+
+
+@pytest.mark.ranks
+def test_a_process_that_joins_twice_has_groups_of_their_own() -> None:
+    assert run_ranks(_in_two_lives, 3) == [[1, 3, 1, 3]] * 2 + [[3, 3]]
+
+
+def _nobody_comes(rank: int, world_size: int) -> list[str]:
+    """What a rank is told in each of its groups while the others stay away."""
+    parallel = init(Degrees(dp=2, dp_shard=2, tp=2), device="cpu", timeout=timedelta(milliseconds=300))
+    said = []
+    for name in ("dp", "dp_shard", "tp", "model") if rank == 0 else ():
+        with pytest.raises(RuntimeError) as caught:
+            _sum(parallel.groups.axis(name))
+        said.append(str(caught.value))
+    store = dist.distributed_c10d._get_default_store()
+    store.set("seen", "") if rank == 0 else store.wait(["seen"])
+    return said
+
+
+@pytest.mark.ranks
+def test_no_axis_waits_longer_than_it_was_told() -> None:
+    said = run_ranks(_nobody_comes, 4)[0]
+    assert len(said) == 4
+    assert all("300ms" in text for text in said), said
