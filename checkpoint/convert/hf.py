@@ -80,6 +80,7 @@ class HuggingFaceSource:
         files = SafetensorsSource(folder)
         names = {name: ours for name in files.tensors if (ours := our_name(name))}
         raise_if(_misfits({names[name]: files.tensors[name] for name in names}, self.shape, may_be_tied=True))
+        self._files, self._theirs = files, {ours: name for name, ours in names.items()}
         self._inner = Renamed(
             files, {name: f"{MODEL}.{ours}" for name, ours in names.items()}, keep_objects=False
         )
@@ -96,6 +97,10 @@ class HuggingFaceSource:
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """In the order of the files."""
         return self._with_head(self._inner.read())
+
+    def parameter(self, name: str) -> Tensor:
+        """One of our decoder's parameters, whole, on the CPU."""
+        return self._files.tensor(self._theirs.get(name) or self._theirs["embed.weight"])
 
     def _with_head(self, entries: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         for name, value in entries:

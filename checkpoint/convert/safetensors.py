@@ -75,14 +75,20 @@ class SafetensorsSource:
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """File by file."""
-        for path, header in self._files.items():
-            with storage_errors(f"read {path}"), path.open("rb") as file:
-                for name, (info, start) in header.tensors.items():
-                    tensor = torch.empty(info.shape, dtype=dtype_of(info.dtype))
-                    file.seek(start)
-                    if file.readinto(bytes_of(tensor)) != info.nbytes:
-                        raise DamageError(f"{path} is cut off within {name}")
-                    yield name, tensor
+        for header in self._files.values():
+            for name in header.tensors:
+                yield name, self.tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors, whole, on the CPU."""
+        path, header = next((path, header) for path, header in self._files.items() if name in header.tensors)
+        info, start = header.tensors[name]
+        found = torch.empty(info.shape, dtype=dtype_of(info.dtype))
+        with storage_errors(f"read {path}"), path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(bytes_of(found)) != info.nbytes:
+                raise DamageError(f"{path} is cut off within {name}")
+        return found
 
 
 def write_safetensors(source: Source, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:

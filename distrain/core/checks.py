@@ -49,6 +49,7 @@ _RANGES: Mapping[str, _Range] = MappingProxyType(
     {
         "seed": ((lambda value: 0 <= value < 2**63), "0 to 2^63 - 1"),
         "model.rope_theta": _at_least(0),
+        "model.norm_eps": _at_least(0),
         "model.window": _at_least(0),
         "data.held_out": ((lambda value: 0 < value <= 0.5), "more than 0, at most 0.5"),
         "optimizer.lr": _POSITIVE,

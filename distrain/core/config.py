@@ -39,14 +39,19 @@ class ModelConfig:
     """rows of the embedding; the byte tokenizer needs 258"""
     rope_theta: float = 0.0
     """base of the rotary position embedding"""
+    norm_eps: float = 0.0
+    """added to the mean square in RMSNorm"""
     parallel_block: bool = False
     """attention and MLP in parallel on one norm (MegaScale)"""
     window: int = 0
     """sliding-window attention in tokens (MegaScale); 0 attends to everything before"""
+    weights: str = ""
+    """folder of a Llama model in Hugging Face's layout to start from; "" draws weights by the seed"""
 
     def shape(self) -> ModelShape:
         """The preset with this table's overrides."""
-        sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ffn", "vocab_size", "rope_theta")
+        skipped = ("preset", "parallel_block", "window", "weights")
+        sizes = [item.name for item in fields(self) if item.name not in skipped]
         given: dict[str, Any] = {name: getattr(self, name) for name in sizes if getattr(self, name)}
         return replace(PRESETS[self.preset], parallel_block=self.parallel_block, window=self.window, **given)
 

@@ -1,5 +1,6 @@
 """Puts the model of one rank together: its stages, cut, sharded and filled, and the runtime that drives them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,9 @@ def assemble(
     micro_batches: int,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    given: Callable[[str], Tensor] | None = None,
 ) -> Assembly:
-    """Build this rank's part of the model; ``dtype`` is that of the weights."""
+    """Build this rank's part of the model; ``dtype`` is that of the weights, ``given`` what they are (or drawn)."""
     degrees = parallel.degrees
     plan = build(schedule, num_ranks=degrees.pp, micro_batches=micro_batches, stages_per_rank=degrees.vpp)
     pp_rank = parallel.coordinates["pp"]
@@ -73,8 +75,9 @@ def assemble(
     modules = {
         index: _stage(shape, ranges[index], parallel, data, dtype) for index in plan.stages_of(pp_rank)
     }
+    device = parallel.device.torch_device
     for module in modules.values():
-        materialize(module, device=parallel.device.torch_device, seed=seed, num_layers=shape.num_layers)
+        materialize(module, device=device, seed=seed, num_layers=shape.num_layers, given=given)
     shared = share(modules, parallel, data=data, micro_batches=micro_batches)
     loss = WeightedLoss()
     runtime = PipelineRuntime(
@@ -83,7 +86,7 @@ def assemble(
         ranks=parallel.mesh["pp"].mesh.tolist(),
         rank=pp_rank,
         groups=parallel.groups,
-        device=parallel.device.torch_device,
+        device=device,
         hidden_dtype=dtype,
         hooks=(shared,),
     )

@@ -29,6 +29,7 @@ from .data.prefetch import Prefetcher
 from .hooks import Hook, SequenceReport, StepReport
 from .optim import build_optimizer, learning_rate
 from .precision import DTYPES, products
+from .pretrained import pretrained
 from .sequences.plans import AHEAD
 from .sequences.settings import SequenceSettings
 from .sequences.shares import Share, build_shares
@@ -71,6 +72,7 @@ class Trainer:
             micro_batches=plan.micro_batches,
             seed=config.seed,
             dtype=dtype,
+            given=pretrained(config.model).parameter if config.model.weights else None,
         )
         self.sequences = SequenceSettings.of(config, plan)
         self.shares = build_shares(config, plan, parallel, sequences=self.sequences)

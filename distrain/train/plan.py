@@ -11,6 +11,7 @@ from distrain.planners.parallel_plan import ParallelPlan
 from distrain.planners.parallelism import choose
 
 from .machine import Machine
+from .pretrained import check_pretrained
 from .sequences.settings import check_sequences
 
 
@@ -60,5 +61,5 @@ def plan_of_job(config: RunConfig) -> ParallelPlan:
         world_size=world_size,
         sequence_degree=config.parallel.group_degree,
     )
-    raise_if([*problems, *check_sequences(config, world_size)])
+    raise_if([*problems, *check_sequences(config, world_size), *check_pretrained(config.model)])
     return plan

@@ -18,6 +18,7 @@ from distrain.planners.stages import stage_layers, stage_params
 
 from .machine import Machine
 from .plan import layout_of
+from .pretrained import check_pretrained
 from .sequences.settings import SequenceSettings, check_sequences
 
 
@@ -121,4 +122,5 @@ def prepare(config: RunConfig, *, world_size: int, here: bool) -> Prepared:
 
 def check_all(config: RunConfig, world_size: int) -> list[Problem]:
     """Everything that keeps ``config`` from running on ``world_size`` ranks, files that it names included."""
-    return [*check_run(config, world_size), *check_sequences(config, world_size)]
+    problems = [*check_run(config, world_size), *check_sequences(config, world_size)]
+    return [*problems, *check_pretrained(config.model)]

@@ -7,18 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from distrain.checkpoint.convert import convert
+from distrain.core.config import RunConfig
 from distrain.core.events import read_events
 from distrain.core.load import load
+from distrain.core.vocabulary import ModelShape
 from distrain.train.data.batches import BatchStream
 from distrain.train.data.corpus import open_corpus
 from distrain.train.model import Decoder
+from distrain.train.prepare import check_all
 from distrain.train.weights import materialize
+from helpers.checkpoints import whole, write_checkpoint
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]  # a guard, not a measure: machines may be busy
 
@@ -140,11 +146,41 @@ def test_validation_is_the_mean_loss_of_held_out_sequences(config: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     run = load(config.parent / "run" / "config.json").config
-    shape = run.model.shape()
+    model = drawn(run.model.shape(), seed=run.seed)
+    assert scalars(config, "validation_loss") == [pytest.approx(held_out_loss(model, run), rel=1e-10)]
+
+
+def test_training_starts_from_a_model_in_hugging_faces_layout(config: Path) -> None:
+    """Of which every rank cuts out its part; a model of another kind is refused with all that differs."""
+    shape = replace(load(config).config.model.shape(), norm_eps=1e-3)
+    model, folder = drawn(shape, seed=6), config.parent / "llama"
+    tensors = model.state_dict().items()
+    shards = [whole(f"model.{name}", "float64", tensor.numpy()) for name, tensor in tensors]
+    convert(write_checkpoint(config.parent / "ours", [shards]), folder, to="hf", shape=shape)
+    start = ("optimizer.lr=1e-30", "train.steps=1", "train.dtype=float64", "data.packing=documents")
+    weights = f"model.weights={folder}"
+    done = train(config, *start, "launch.ranks=2", "parallel.tp=2", weights, "model.norm_eps=1e-3")
+    assert done.returncode == 0, done.stderr
+    run = load(config.parent / "run" / "config.json").config
+    assert scalars(config, "validation_loss") == [pytest.approx(held_out_loss(model, run), rel=1e-10)]
+    other = load(config, overrides=[weights, "model.d_ffn=64"]).config
+    hints = [problem.hint for problem in check_all(other, 1)]
+    assert hints == [f"--set model.d_ffn={shape.d_ffn}", "--set model.norm_eps=0.001"]
+    (nothing,) = check_all(load(config, overrides=[f"model.weights={config.parent}"]).config, 1)
+    assert "no Llama model" in nothing.error
+
+
+def drawn(shape: ModelShape, *, seed: int) -> Decoder:
+    """A model in one piece, as a run draws it."""
     with torch.device("meta"):
         model = Decoder(shape).double()
-    materialize(model, device=torch.device("cpu"), seed=run.seed, num_layers=shape.num_layers)
-    corpus = open_corpus(run.data, vocab_size=shape.vocab_size)
+    materialize(model, device=torch.device("cpu"), seed=seed, num_layers=shape.num_layers)
+    return model
+
+
+def held_out_loss(model: Decoder, run: RunConfig) -> float:
+    """What the model makes of the held-out documents of a run, in nats a token."""
+    corpus = open_corpus(run.data, vocab_size=run.model.shape().vocab_size)
     stream = BatchStream(
         corpus, packing="documents", seq_len=32, global_batch=8, seed=run.seed, split="held_out"
     )
@@ -156,8 +192,7 @@ def test_validation_is_the_mean_loss_of_held_out_sequences(config: Path) -> None
             ).item()
             for ids in sequences
         ]
-    expected = sum(losses) / sum(len(ids) - 1 for ids in sequences)
-    assert scalars(config, "validation_loss") == [pytest.approx(expected, rel=1e-10)]
+    return sum(losses) / sum(len(ids) - 1 for ids in sequences)
 
 
 def test_a_run_says_what_it_does_and_learns(config: Path) -> None:
