@@ -59,8 +59,11 @@ def test_shapes_are_different_and_hold_no_more_than_the_longest(longest: int) ->
     assert all(1 <= sum(lengths) <= longest and min(lengths) >= 1 for lengths in found)
 
 
-def test_groups_fill_the_ranks() -> None:
-    assert list(degrees(12)) == [1, 2, 3, 4, 6, 12]
+@pytest.mark.parametrize(
+    ("num_slots", "expected"), [(1, [1]), (4, [1, 2, 4]), (7, [1, 2, 4, 7]), (12, [1, 2, 3, 4, 6, 8, 12])]
+)
+def test_groups_fill_the_ranks_or_are_powers_of_two(num_slots: int, expected: list[int]) -> None:
+    assert list(degrees(num_slots)) == expected
 
 
 @pytest.mark.processes

@@ -79,8 +79,10 @@ def shapes(longest: int) -> list[tuple[int, ...]]:
 
 
 def degrees(num_slots: int) -> Iterator[int]:
-    """Sizes of groups that fill ``num_slots``."""
-    return (degree for degree in range(1, num_slots + 1) if num_slots % degree == 0)
+    """Sizes of groups worth having: those that fill ``num_slots``, and powers of two, which may leave some idle."""
+    return (
+        degree for degree in range(1, num_slots + 1) if num_slots % degree == 0 or degree & (degree - 1) == 0
+    )
 
 
 def rows(profile: Profile, fitted: Fit) -> Sequence[tuple[int, str, float, float]]:
