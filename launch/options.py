@@ -54,9 +54,9 @@ class LaunchOptions:
     shown_ranks: tuple[int, ...] = ()
     """local ranks whose output reaches the console; empty: all"""
     plain_rank: int | None = None
+    """the rank whose output passes through as it is"""
     holds_keeper: bool = True
     """the keeper lives and ends with this launch; otherwise ranks of a single node start one that outlives it"""
-    """the rank whose output passes through as it is"""
     prefix: bool = True
     shutdown_timeout_s: float | None = None
     """seconds between the first signal and SIGKILL; None: the default of the case"""

@@ -76,6 +76,7 @@ class _Reader:
             shown_ranks=self._ranks("local_ranks_filter"),
             plain_rank=self._integer("plain_rank") if self.values["plain_rank"] else None,
             prefix=not self.values["no_prefix"],
+            holds_keeper=not self._is_config(words[0]),
             shutdown_timeout_s=self._number("shutdown_timeout", timeout) if timeout else None,
             **self._meeting(nnodes=nnodes),
         )
@@ -165,9 +166,14 @@ class _Reader:
             self.problems.append(Problem("there is no such script", got=script, hint="-m for a module"))
         if run_path:
             return (python, "-c", RUN_PATH, script, *arguments)
-        if script.endswith(CONFIG_SUFFIXES):
+        if self._is_config(script):
             return (python, "-m", "distrain.train", script, *arguments)
         return (python, script, *arguments)
+
+    def _is_config(self, script: str) -> bool:
+        """Whether our own trainer runs: its next launch finds again what was in memory."""
+        is_ours = not any(self.values[key] for key in ("module", "no_python", "run_path"))
+        return is_ours and script.endswith(CONFIG_SUFFIXES)
 
     def _meeting(self, *, nnodes: int) -> dict[str, Any]:
         """The fields of ``LaunchOptions`` that say where and how the nodes meet."""

@@ -98,6 +98,8 @@ def test_scripts_modules_programs_and_configs_become_the_right_command(here: str
         str(config),
         "a",
     )
+    holds = [parse(words).holds_keeper for words in ([here], ["-m", "pkg.toml"], [str(config)])]
+    assert holds == [True, True, False]  # the next launch of a run finds what was in memory
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
