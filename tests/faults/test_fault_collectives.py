@@ -309,15 +309,12 @@ def test_the_seam_never_waits_for_a_thread_that_waits_for_it() -> None:
 
 
 def kept_alive(rank: int, world_size: int) -> list[str]:
-    """Devices on which the seam holds what a collective gave back; there need not be a GPU."""
+    """Devices on which the seam holds what a collective was given; there need not be a GPU."""
     from distrain.faults.inject.engines.intercept import watch_collectives
 
-    class Result:
-        """What an operator returns."""
-
     class Kernel:
-        def call_boxed(self, *arguments: Any) -> Result:
-            return Result()
+        def call_boxed(self, *arguments: Any) -> None:
+            pass
 
     class Library:
         def __init__(self, *words: str) -> None:
@@ -337,12 +334,36 @@ def kept_alive(rank: int, world_size: int) -> list[str]:
         patch.setattr(torch.library, "get_kernel", lambda *words: Kernel())
         patch.setattr(torch.library, "Library", Library)
         watch_collectives(stack)
-        results = {
-            key: weakref.ref(seams["allreduce_", key](None, [torch.ones(1)], world.boxed()))
-            for key in ("CPU", "CUDA")
-        }
-        return [key for key, result in results.items() if result() is not None]
+        given = {}
+        for key in ("CPU", "CUDA"):
+            tensor = torch.ones(1)
+            given[key] = weakref.ref(tensor)
+            seams["allreduce_", key](None, [tensor], world.boxed())
+            del tensor
+        return [key for key, tensor in given.items() if tensor() is not None]
 
 
 def test_the_memory_of_a_gpu_is_not_held_by_the_seam() -> None:
     assert run_ranks(kept_alive, 1) == [["CPU"]]
+
+
+def threads_that_stay(rank: int, world_size: int) -> set[str]:
+    """Those of a group that is no more."""
+    from distrain.faults.inject.engines.intercept import watch_collectives
+
+    with ExitStack() as stack:
+        watch_collectives(stack)
+        before = set(os.listdir("/proc/self/task"))
+        group = dist.new_group([0, 1])
+        for _ in range(4):
+            dist.all_reduce(torch.ones(1), group=group)
+        during = set(os.listdir("/proc/self/task"))
+        assert during > before  # those of gloo are among them
+        dist.destroy_process_group(group)
+        del group
+        return set(os.listdir("/proc/self/task")) & (during - before)
+
+
+def test_a_group_that_is_destroyed_is_gone_with_its_threads_though_faults_watch_it() -> None:
+    """One that still runs when the interpreter ends would take the whole process along."""
+    assert run_ranks(threads_that_stay, 2) == [set(), set()]

@@ -53,8 +53,9 @@ OPERATORS: Mapping[str, str] = MappingProxyType(
 
 
 KEPT = 64
-"""collectives whose tensors and work are kept on the CPU. A kernel is called with the interpreter's lock held, which a
-thread of gloo wants when it is the last to let go of a tensor, with a lock in its hands for which the kernel waits"""
+"""collectives whose tensors are kept on the CPU. A kernel is called with the interpreter's lock held, which a thread of
+gloo wants when it leaves Python alone with a tensor, with a lock in its hands for which the kernel waits. Groups and
+works are not kept: gloo's threads would outlive ``destroy_process_group``, and abort an interpreter that ends"""
 
 
 class Issue:
@@ -69,7 +70,8 @@ class Issue:
     def __call__(self, *arguments: Any) -> Any:
         """Issue it with these arguments of its operator."""
         result = self._kernel.call_boxed(self._keyset, *arguments)
-        self._kept.append((arguments, result))
+        if tensors := [tensor for argument in arguments for tensor in tensors_in(argument)]:
+            self._kept.append(torch._C.ScriptList(tensors))  # references that are not Python's
         return result
 
     def is_async(self, arguments: Sequence[Any]) -> bool:
@@ -100,6 +102,8 @@ def intercept(around: Around, stack: ExitStack) -> None:
     sequences: Counter[str] = Counter()
     keys = ["CPU", *(["CUDA"] if torch.cuda.is_available() else [])]
     kept: dict[str, deque[Any]] = {key: deque(maxlen=KEPT if key == "CPU" else 0) for key in keys}
+    for tensors in kept.values():
+        stack.callback(tensors.clear)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is a kernel already: that is the point
         for operator in OPERATORS:
