@@ -165,6 +165,7 @@ def test_benchmarks_are_found_by_their_files() -> None:
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a dozen programs
 def test_every_benchmark_passes_its_smoke_test(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--json", str(tmp_path)],

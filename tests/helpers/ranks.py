@@ -37,7 +37,7 @@ PRELOAD = [
     "pytest",
     "hypothesis",
 ]
-COLLECTIVE_TIMEOUT_S = 20.0
+COLLECTIVE_TIMEOUT_S = 100.0
 GRACE_S = 1.0  # how long the others may go on after the first failure, to say what happened to them
 DUMP_S = 2.0
 
@@ -74,7 +74,7 @@ class _Rank:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 40.0, backend: str = "gloo"
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, backend: str = "gloo"
 ) -> list[Any]:
     """``[fn(rank, world_size, *args) for each rank]``, each in its own process inside one process group.
 

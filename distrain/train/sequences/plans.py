@@ -199,6 +199,7 @@ class _Desk:
         self._is_closed = False
         self._process: PlannerProcess | None = None
         self._num_starts = 0
+        self._death = ""  # of the process, until another one has answered
         self._last_s: float | None = None
         self._patience_s = FIRST_S
         self._thread = threading.Thread(target=self._serve, name="distrain-sequence-plans", daemon=True)
@@ -222,7 +223,7 @@ class _Desk:
             self._news.wait_for(lambda: key in self._answers or self._is_closed, self._patience_s)
             self._open.discard(key)
             self._taken.append(key)
-            return self._answers.pop(key, "the planner was late")
+            return self._answers.pop(key, self._death or "the planner was late")
 
     def close(self) -> None:
         """End process and thread."""
@@ -252,14 +253,18 @@ class _Desk:
             process = self._started()
             if process is None:
                 return f"the planner process died {self._num_starts} times"
-            return process.plan(lengths)
+            answer = process.plan(lengths)
         except (PlannerDied, OSError, DistrainError) as error:
+            why = "" if isinstance(error, PlannerDied) else f": {error}"
+            answer = f"the planner process died{why}"
             with self._news:
                 process, self._process = self._process, None
+                self._death = answer
             if process is not None:
                 process.close()
-            why = "" if isinstance(error, PlannerDied) else f": {error}"
-            return f"the planner process died{why}"
+            return answer
+        self._death = ""
+        return answer
 
     def _started(self) -> PlannerProcess | None:
         """The process, a new one if need be; None if it has died too often or is not wanted any more."""
