@@ -148,6 +148,25 @@ def assert_equal_to_softmax(
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("rectangle", "most"), [(Plain, 128), (FlashCpu, 1000)])
+def test_without_a_flash_kernel_memory_stays_linear(
+    monkeypatch: pytest.MonkeyPatch, rectangle: type[Plain | FlashCpu], most: int
+) -> None:
+    seen = []
+
+    def forward(self: object, q: Tensor, k: Tensor, v: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        seen.append(q.shape[2])
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3])
+
+    monkeypatch.setattr(rectangle, "forward", forward)
+    (only,) = SequenceLayout.build([1000]).places
+    q, k = torch.zeros(1, 1, 1000, 4), torch.zeros(1, 1000, 4)
+    kernel = LoopKernel([pieces(only, only)], window=0, rectangle=rectangle())
+    kernel.forward(0, q, (k, k), torch.zeros_like(q), q.new_zeros(q.shape[:3]))
+    assert max(seen) == most
+    assert sum(seen) == 1000
+
+
 @pytest.mark.parametrize(("left", "right"), [(-1, 0), (-1, -1), (5, 0), (3, -1)])
 def test_the_operators_of_cuda_take_what_they_are_given(left: int, right: int) -> None:
     device = torch.device("meta")  # shapes and signatures, without a GPU

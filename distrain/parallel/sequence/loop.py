@@ -22,6 +22,9 @@ class Rectangle(Protocol):
     ``is_causal``: query i sees keys up to i.
     """
 
+    is_linear: bool
+    """whether its memory grows with N + M; where it grows with N x M, queries are given to it in bands"""
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,9 @@ class Rectangle(Protocol):
 
 
 class FlashCpu:
-    """torch's flash attention for CPUs: float64 to bfloat16, linear memory."""
+    """torch's flash attention for CPUs: float64 to bfloat16."""
+
+    is_linear = True
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, mask: Tensor | None
@@ -53,7 +58,9 @@ class FlashCpu:
 
 
 class Plain:
-    """Matrix products, for types that no flash kernel of the device takes; memory N x M a piece."""
+    """Matrix products, for types that no flash kernel of the device takes."""
+
+    is_linear = False
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, mask: Tensor | None
@@ -90,12 +97,15 @@ class LoopKernel:
     def __init__(self, steps: Sequence[Sequence[Piece]], *, window: int, rectangle: Rectangle) -> None:
         self._steps, self._window, self._rectangle = steps, window, rectangle
 
+    def _bands(self, piece: Piece, like: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        return bands(piece, self._window, cut=not self._rectangle.is_linear, like=like)
+
     def forward(
         self, step: int, q_KGNE: Tensor, kv_2KME: Sequence[Tensor], out_KGNE: Tensor, lse_KGN: Tensor
     ) -> None:
         """See ``Kernel``."""
         for piece in self._steps[step]:
-            for queries, keys, mask in bands(piece, self._window, like=q_KGNE):
+            for queries, keys, mask in self._bands(piece, q_KGNE):
                 q, (k, v) = q_KGNE[:, :, queries], _repeated(kv_2KME, keys, q_KGNE.shape[1])
                 is_causal = piece.distance == 0 and mask is None
                 out, lse = self._rectangle.forward(q, k, v, is_causal=is_causal, mask=mask)
@@ -111,7 +121,7 @@ class LoopKernel:
     ) -> None:
         """See ``Kernel``."""
         for piece in self._steps[step]:
-            for queries, keys, mask in bands(piece, self._window, like=saved.q_KGNE):
+            for queries, keys, mask in self._bands(piece, saved.q_KGNE):
                 part = Saved(*(tensor[:, :, queries] for tensor in saved))
                 k, v = _repeated(kv_2KME, keys, saved.q_KGNE.shape[1])
                 is_causal = piece.distance == 0 and mask is None
@@ -121,26 +131,36 @@ class LoopKernel:
                     target[:, keys].add_(gradient.sum(1, dtype=target.dtype))
 
 
-def bands(piece: Piece, window: int, *, like: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Rows of queries and of keys, and the mask [queries, keys] to add if the window hides some from some."""
+def bands(
+    piece: Piece, window: int, *, cut: bool, like: Tensor
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Rows of queries and of keys, and the mask [queries, keys] to add if some keys are hidden from some queries.
+
+    In bands of queries if the window is why, or with ``cut``; otherwise the piece as it is.
+    """
     (first_query, last_query), (first_key, last_key) = piece.queries, piece.keys
-    if not piece.is_banded:
+    num_queries, num_keys = last_query - first_query, last_key - first_key
+    if not piece.is_banded and not (cut and num_queries > BAND):
         yield slice(first_query, last_query), slice(first_key, last_key), None
         return
-    for start in range(0, last_query - first_query, BAND):
-        stop = min(start + BAND, last_query - first_query)
-        low = max(0, piece.distance + start - window + 1)
-        high = min(last_key - first_key, piece.distance + stop)
-        ago = (
-            torch.arange(piece.distance + start, piece.distance + stop, device=like.device)[:, None]
-            - torch.arange(low, high, device=like.device)[None, :]
-        )
-        mask = like.new_zeros(ago.shape).masked_fill_((ago < 0) | (ago >= window), -torch.inf)
+    reach = window if piece.is_banded else piece.distance + num_queries
+    for start in range(0, num_queries, BAND):
+        stop = min(start + BAND, num_queries)
+        low = max(0, piece.distance + start - reach + 1)
+        high = min(num_keys, piece.distance + stop)
         yield (
             slice(first_query + start, first_query + stop),
             slice(first_key + low, first_key + high),
-            mask,
+            _mask((piece.distance + start, piece.distance + stop), (low, high), reach, like=like),
         )
+
+
+def _mask(queries: tuple[int, int], keys: tuple[int, int], reach: int, *, like: Tensor) -> Tensor:
+    """[queries, keys]: minus infinity where the key is not among the last ``reach`` up to the query; by positions."""
+    ago = (
+        torch.arange(*queries, device=like.device)[:, None] - torch.arange(*keys, device=like.device)[None, :]
+    )
+    return like.new_zeros(ago.shape).masked_fill_((ago < 0) | (ago >= reach), -torch.inf)
 
 
 def _repeated(kv_2KME: Sequence[Tensor], rows: slice, num_queries: int) -> list[Tensor]:
