@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from distrain.core.config import RunConfig
+    from distrain.core.errors import Problem
     from distrain.faults.drill import Command
     from distrain.faults.inject import JobShape
     from distrain.faults.score import Score
@@ -59,13 +60,12 @@ def drill(
       distrain drill examples/drills/partition.toml examples/tiny.toml --set train.steps=20 --emulate-nodes 2 --netns
       distrain drill plan.toml run.toml --no-reference --json
     """
-    from distrain.core.errors import Problem, raise_if
+    from distrain.core.errors import ConfigError, Problem, raise_if
     from distrain.core.netns import HINT
     from distrain.core.netns import missing as netns_missing
     from distrain.faults.drill import Drill, run, to_json
-    from distrain.faults.inject import FaultPlan, check
+    from distrain.faults.inject import FaultPlan
 
-    faults = FaultPlan.load(plan)
     is_run = job.suffix == ".toml"
     unused = {"--ranks": ranks != 2, "arguments after --": bool(args)}
     problems = [
@@ -81,14 +81,18 @@ def drill(
         problems.append(Problem("nodes cannot have networks of their own here", missing, hint=HINT))
     if out and any((out / name).exists() for name in ("sound", "faulty")):
         problems.append(Problem("there is a drill in this folder already", str(out), "a new or empty folder"))
-    if is_run:
-        shape, command = _run(job, overrides or (), nodes=emulate_nodes, netns=netns)
-    else:
-        shape, command = _script(job, args or (), ranks=ranks, nodes=emulate_nodes, netns=netns)
+    try:
+        if is_run:
+            shape, command = _run(job, overrides or (), nodes=emulate_nodes, netns=netns)
+        else:
+            shape, command = _script(job, args or (), ranks=ranks, nodes=emulate_nodes, netns=netns)
+    except ConfigError as error:  # of the plan, what can be told without knowing the job
+        raise ConfigError.of([*problems, *error.problems, *_problems(plan, None)]) from None
     if shape.world_size % emulate_nodes:
         got, allowed = f"{shape.world_size} ranks", f"a multiple of {emulate_nodes}"
         problems.append(Problem("the ranks cannot be spread over the nodes", got, allowed))
-    raise_if([*problems, *check(faults, shape)])
+    raise_if([*problems, *_problems(plan, shape)])
+    faults = FaultPlan.load(plan)
     folder = (out or Path(tempfile.mkdtemp(prefix=f"drill-{plan.stem}-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("sound", "faulty"):
@@ -114,6 +118,19 @@ def drill(
     else:
         _print(found, folder)
     return 1 if found.problems else 0
+
+
+def _problems(plan: Path, job: "JobShape | None") -> "Sequence[Problem]":
+    """All that is wrong with a plan: as a file and, if the job is known, for that."""
+    from distrain.core.errors import ConfigError, Problem
+    from distrain.faults.inject import FaultPlan
+
+    try:
+        faults = FaultPlan.load(plan, job=job).faults
+    except ConfigError as error:
+        return error.problems
+    hint = "[[faults]] with a kind; docs/faults.md lists them"
+    return [] if faults else [Problem("the plan has no fault, so any job would pass", str(plan), hint=hint)]
 
 
 def _run(config: Path, overrides: Sequence[str], *, nodes: int, netns: bool) -> "tuple[JobShape, Command]":

@@ -122,7 +122,7 @@ def test_words_that_would_do_nothing_are_refused_all_at_once(config: Path, tmp_p
 def test_a_job_that_fails_by_itself_is_not_drilled(config: Path, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("raise SystemExit(4)")
-    code, _, errors = drill(tmp_path, FaultPlan(), str(script))
+    code, _, errors = drill(tmp_path, FaultPlan().kill(ranks=[0]), str(script))
     assert code not in (0, 3) and "the job fails without any fault" in errors and "Traceback" not in errors
     assert not (tmp_path / "out" / "truth").exists()
 
@@ -186,6 +186,30 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(config: Path, t
     assert code == 3 and not (tmp_path / "out").exists()
     assert "ranks that there are not" in errors and "cannot be injected yet" in errors
     assert "has nothing to hit" in errors and "--netns" in errors
+
+
+def test_what_is_wrong_with_file_and_plan_and_job_comes_in_one_message(config: Path, tmp_path: Path) -> None:
+    plan, empty = tmp_path / "plan.toml", tmp_path / "empty.toml"
+    plan.write_text(
+        "[[faults]]\nkind = 'proc.sigkil'\n[[faults]]\nkind = 'proc.exit'\ntarget = { ranks = [9] }\n"
+    )
+    empty.write_text("seed = 7\n")
+
+    def refused(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "distrain", "drill", *words, "--out", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 3 and not (tmp_path / "out").exists()
+        return done.stderr
+
+    both = refused(str(plan), str(config))
+    assert 'kind = "proc.sigkill"' in both and "ranks that there are not" in both
+    without_job = refused(str(plan), str(tmp_path / "none.py"))
+    assert "no such script" in without_job and 'kind = "proc.sigkill"' in without_job
+    assert "the plan has no fault" in refused(str(empty), str(config))
 
 
 PLANS = sorted((Path(__file__).resolve().parents[2] / "examples/drills").glob("*.toml"))
