@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,10 @@ def test_a_run_with_adaptive_groups_goes_on_where_it_was_and_tells_of_its_groups
 
 
 class Disturb(Listen):
-    """Sends the planner process of this rank a signal after the first step."""
+    """Sends the planner process of this rank, and those that follow it, a signal after each step.
+
+    A single one might meet a process that plans for validation, of which no step tells.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -189,8 +193,8 @@ class Disturb(Listen):
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         super().on_step(trainer, report)
-        if report.step == 1:
-            for pid in _planners(os.getpid()):
+        for pid in _planners(os.getpid()):
+            with suppress(ProcessLookupError):
                 os.kill(pid, self.number)
                 self.num_sent += 1
 
@@ -230,9 +234,9 @@ def test_training_goes_on_without_its_planner_and_all_ranks_learn_why(
 ) -> None:
     undisturbed = run_ranks(_disturbed, 2, str(config), 0, timeout_s=100)
     disturbed = run_ranks(_disturbed, 2, str(config), number, timeout_s=100)
-    assert [killed for _, _, killed, _ in disturbed] == [1, 0]
+    assert [sent > 0 for _, _, sent, _ in disturbed] == [True, False]
     for losses, notes, _, left in disturbed:
-        assert note in notes
+        assert any(said.startswith(note) for said in notes), notes
         assert notes == disturbed[0][1]
         assert losses == pytest.approx(undisturbed[0][0], rel=1e-10)
         assert left == 0
