@@ -1,6 +1,7 @@
 """What all layers of one manager share: memory, streams, counts, what was found out, and whose backward it is."""
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -21,7 +22,19 @@ RESTORED = 2
 
 
 MOST_REMEMBERED = 256
-"""recipes, and forms of layers: as lengths vary there is no end to them"""
+"""recipes of the same process groups, and forms of layers: as lengths vary there is no end to them"""
+
+
+@dataclass(slots=True)
+class Known:
+    """A recipe, and what came of trying it."""
+
+    recipe: Recipe
+    wrong: dict[int, frozenset[int]] = field(default_factory=dict)
+    """by layer: saved values that it makes, but not as they were"""
+
+
+Groups = tuple[dist.ProcessGroup, ...]
 
 
 class Restorable(Protocol):
@@ -63,23 +76,32 @@ class Engine:
         self.traffic = Traffic(device)
         self.ledger = Ledger()
         self._groups = groups
-        self._recipes: dict[Hashable, Recipe] = {}
+        self._recipes: dict[Groups, dict[Hashable, Known]] = {}
         self._frames: WeakSet[Restorable] = WeakSet()
         self._forms: dict[tuple[int, int], Hashable] = {}
         self._last: tuple[int, int] = (-1, 0)
         self._restored: list[Callable[[], Restorable | None]] = []
 
-    def recipe(self, key: Hashable, write: Callable[[], Recipe]) -> Recipe:
-        """The recipe of equal layers that save equal tensors, written once."""
-        if key not in self._recipes:
-            self._recipes[key] = write()
-            _forget_oldest(self._recipes)
-        return self._recipes[key]
+    def known(self, key: Hashable, write: Callable[[], Recipe], *, groups: Groups) -> Known:
+        """The recipe of equal layers that save equal tensors, written once.
 
-    def prober(self, *, num_tokens: int, start: int) -> Prober:
-        """One that tries operators on tokens ``start`` to the end."""
+        Ranks of ``groups`` write and try it together, and must forget it together: a rank that shares its layers with
+        others at other times remembers those apart.
+        """
+        recipes = self._recipes.setdefault(groups, {})
+        known = recipes.get(key)
+        if known is None:
+            known = recipes[key] = Known(write())
+            _forget_oldest(recipes)
+        return known
+
+    def prober(self, *, num_tokens: int, start: int, groups: Groups) -> Prober:
+        """One that tries operators on tokens ``start`` to the end, as all ranks of ``groups`` do."""
         return Prober(
-            num_tokens=num_tokens, start=start, device=self.device.torch_device, agree=self._all_agree
+            num_tokens=num_tokens,
+            start=start,
+            device=self.device.torch_device,
+            agree=lambda found: self.all_agree(found, groups),
         )
 
     def settled(self, frame: Restorable, *, num_tokens: int) -> None:
@@ -124,12 +146,15 @@ class Engine:
         if frame is not None and frame.fetch():
             self.ledger.num_fetched_ahead += 1
 
-    def _all_agree(self, found: bool) -> bool:
-        """Whether every rank that computes the layer found so."""
+    def all_agree(self, found: bool, groups: Groups) -> bool:
+        """Whether every rank that computes the layer found so; ``groups`` are those of its own collectives."""
+        together = dict.fromkeys((*self._groups, *groups))
+        if not together:
+            return found
         verdict = torch.tensor(int(found), device=self.device.torch_device)
-        for group in self._groups:
+        for group in together:
             dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
-        return bool(verdict.item()) if self._groups else found
+        return bool(verdict.item())
 
 
 def _forget_oldest(remembered: dict[Any, Any]) -> None:

@@ -24,7 +24,7 @@ from distrain.core.device import Event
 from .engine import Engine
 from .program import Draw, Origin, Program
 from .recipe import Recipe
-from .replay import Replay
+from .replay import Done, Replay
 from .storage import VersionGuard, Window, aligned, taken_apart
 from .tape import Memory, Tape
 from .units import Passed, Saved, Unit
@@ -60,24 +60,24 @@ class Frame:
         index: int,
         previous: "Callable[[], Frame | None]",
     ) -> None:
-        named: dict[str, Tensor] = dict(layer.named_buffers(remove_duplicate=False))
-        named |= dict(layer.named_parameters(remove_duplicate=False))
-        self.tape = Tape(named, inputs)
+        self._fetched: Event | None = None
+        self._restored = False
+        self._held_bytes = 0
+        self.units: dict[int, Unit] = {}
+        """by the identity of their memory"""
         self.engine = engine
+        # As they are now: by the time of backward another tensor may go by the name.
+        self._named: dict[str, Tensor] = dict(layer.named_buffers(remove_duplicate=False))
+        self._named |= dict(layer.named_parameters(remove_duplicate=False))
+        self.tape = Tape(self._named, inputs)
         self.index = index
         self.is_announced = False
         """whether the layer after it, which is left alone, will say when this one's backward is near"""
         self.previous = previous
-        self.units: dict[int, Unit] = {}
-        """by the identity of their memory"""
         self.sent: Event | None = None
         """reached when everything has been sent out; None if nothing was"""
         self.remake: Remake | None = None
-        self._layer = layer
         self._inputs: Sequence[Tensor] = inputs
-        self._fetched: Event | None = None
-        self._restored = False
-        self._held_bytes = 0
 
     def __del__(self) -> None:
         self.release()
@@ -117,7 +117,9 @@ class Frame:
                 self.engine.ledger.num_passed += 1
                 return Passed(tensor)
             self.engine.ledger.num_saved += 1
-            return Saved(self.unit_of(memory, inner), inner, wrap, storage_of=self.storage_of)
+            return Saved(
+                self.unit_of(memory, inner), tensor, inner=inner, wrap=wrap, storage_of=self.storage_of
+            )
         finally:
             self.tape.paused = False
 
@@ -141,13 +143,19 @@ class Frame:
 
     def given(self, origin: Origin) -> Tensor:
         """What the layer was given from outside, as it is now; inputs only until ``close``."""
-        if origin.kind == "constant":
-            return self.tape.constants[int(origin.key)]
         if origin.kind == "input":
-            return _inner(self._inputs[origin.key])
-        # Gathered again, if it is sharded.
-        owner, _, attribute = origin.key.rpartition(".")
-        return _inner(getattr(self._layer.get_submodule(owner), attribute))
+            return self._inputs[int(origin.key)]
+        return (
+            self._named[str(origin.key)] if origin.kind == "param" else self.tape.constants[int(origin.key)]
+        )
+
+    def freed(self, program: Program) -> set[int]:
+        """Values from outside whose memory was taken away when the layer had run, as that of gathered weights is."""
+        return {
+            value
+            for value, origin in program.origins
+            if origin.kind in ("param", "constant") and _is_freed(_inner(self.given(origin)))
+        }
 
     def count_gone(self, unit: Unit) -> None:
         """Count where the bytes of a unit went that left the device."""
@@ -162,6 +170,8 @@ class Frame:
     def close(self) -> None:
         """The layer has run and its units are settled: forget what only lived for its forward."""
         self._inputs = ()
+        outside = self.remake.recipe.outside.values() if self.remake is not None else ()
+        self._named = {each.key: self._named[each.key] for each in outside if each.kind == "param"}
         self.tape.constants = [
             each.detach() for each in self.tape.constants
         ]  # their history is not ours to keep
@@ -229,29 +239,33 @@ class Frame:
 
     def _make_again(self, remake: Remake) -> None:
         by_base = {unit.memory.base: unit for unit in self.units.values()}
+        self.engine.ledger.num_replays += 1
+        self.replay(remake, lambda value, result: self._put(by_base[value], result, remake))
+
+    def replay(self, remake: Remake, done: Done) -> None:
+        """Make everything again; ``done`` is given each saved value, or its tail."""
+        by_base = {unit.memory.base: unit for unit in self.units.values()}
 
         def at_hand(value: int) -> Tensor:
             window = remake.program.windows[value]
-            if value in remake.guards:
-                remake.guards[value].check(window, hint=MADE_AGAIN)
             if value in remake.inputs:
+                remake.guards[value].check(window, hint=MADE_AGAIN)
                 unit = remake.inputs[value]
                 assert unit.storage is not None
                 return window.on(unit.storage, unit.shift_bytes)
-            origin = remake.recipe.outside.get(value)
-            return by_base[value].whole() if origin is None else self.given(origin)
+            if value not in remake.guards:
+                return by_base[value].whole()
+            given = _inner(self.given(remake.recipe.outside[value]))
+            remake.guards[value].check(window, now=given, hint=MADE_AGAIN)
+            return _not_freed(given)
 
-        def made(value: int, result: Tensor) -> None:
-            self._put(by_base[value], result, remake)
-
-        self.engine.ledger.num_replays += 1
         Replay(
             remake.recipe,
             windows=remake.program.windows,
             seeds=remake.seeds,
             device=self.engine.device.torch_device,
             at_hand=at_hand,
-            done=made,
+            done=done,
             num_tokens=remake.num_tokens,
             start=remake.start,
         ).run()
@@ -281,3 +295,16 @@ def _inner(tensor: Tensor) -> Tensor:
     inner, _ = taken_apart(tensor)
     assert inner is not None
     return inner
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def _not_freed(tensor: Tensor) -> Tensor:
+    if _is_freed(tensor):
+        raise RuntimeError(
+            f"a weight [{tensor.dtype} {list(tensor.shape)}] from which saved tensors are made again was sharded "
+            "before their backward: shard the layer as a whole, or swap it"
+        )
+    return tensor

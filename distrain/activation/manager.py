@@ -18,7 +18,9 @@ the rest is recomputed in one go before the layer's backward, which itself is no
 recomputes without the layer's last matrix product and for any layer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -54,6 +56,7 @@ class _Open:
     """A layer that is running; without a frame if it is left alone."""
 
     layer: nn.Module
+    thread: int
     frame: Frame | None = None
     plan: LayerPlan | None = None
     num_tokens: int = 0
@@ -106,8 +109,11 @@ class ActivationManager:
             self._is_agreed = True
         for index, layer in enumerate(self._layers):
             self._handles += [
-                layer.register_forward_pre_hook(self._begin(index), with_kwargs=True),
-                layer.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+                # Innermost on both sides: between them the weights of a sharded layer are whole.
+                layer.register_forward_pre_hook(_as_it_is(self._begin(index)), with_kwargs=True),
+                layer.register_forward_hook(
+                    _as_it_is(self._end), prepend=True, with_kwargs=True, always_call=True
+                ),
             ]
             if self._segments is not None:
                 self._handles += self._segments.watch(layer, self._tape)
@@ -154,7 +160,13 @@ class ActivationManager:
         plan = self._plan.layers[index]
 
         def begin(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self._open.append(_Open(layer))
+            thread = threading.get_ident()
+            if self._open and self._open[-1].thread != thread:
+                raise DistrainError(
+                    "two threads run layers of one activation manager at a time",
+                    hint="give each thread layers and a manager of its own",
+                )
+            self._open.append(_Open(layer, thread))
             if torch.is_grad_enabled() and not plan.keeps_all:
                 self._record(self._open[-1], index, plan, (args, kwargs))
 
@@ -183,7 +195,7 @@ class ActivationManager:
         return inner.shape[self._token_dim] if inner is not None and inner.dim() > self._token_dim else None
 
     def _end(self, layer: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if not self._open or self._open[-1].layer is not layer:
+        if not self._open or (self._open[-1].layer, self._open[-1].thread) != (layer, threading.get_ident()):
             return  # another hook failed before the layer began
         opened = self._open.pop()
         self._close(opened)
@@ -215,6 +227,11 @@ class ActivationManager:
 
 def _nothing() -> None:
     return None
+
+
+def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` for layers that may be compiled: torch.compile would try to compile it with them."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def _device_of(layers: Sequence[nn.Module]) -> Device:

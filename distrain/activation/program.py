@@ -83,6 +83,12 @@ class Program(NamedTuple):
     """of each value"""
     origins: tuple[tuple[int, Origin], ...]
 
+    @property
+    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """Whose ranks compute the layer together, as far as its collectives say so; in order."""
+        calls = (each for node in self.nodes if node.is_call for each in node.args)
+        return tuple(dict.fromkeys(each.group for each in calls if isinstance(each, Group)))
+
 
 def tensors_in(result: Any) -> list[Tensor | None]:
     """The results of an operator, one by one; None for what is no tensor."""

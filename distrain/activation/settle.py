@@ -3,6 +3,9 @@
 The plan says how many tokens are kept, swapped and recomputed; the recipe says which units that can be done to. What
 can neither be cut nor made again goes where the plan puts whole tensors. If the host has no room left, a unit stays on
 the device: that costs memory, never correctness, and is counted.
+
+A recipe is what the tape saw, and not all can be seen. So each is tried once, on the layer's own data, before anything
+is let go for its sake.
 """
 
 import torch
@@ -12,6 +15,7 @@ from distrain.planners.activation_plan import TOKENS, LayerPlan, Split
 
 from .frame import Frame, Remake
 from .ledger import Ledger
+from .locality import equal, like
 from .program import Program
 from .recipe import Recipe, write
 from .storage import ALIGNMENT, VersionGuard
@@ -41,51 +45,83 @@ def settle(frame: Frame, plan: LayerPlan, *, num_tokens: int) -> None:
 
 def _remake(frame: Frame, plan: LayerPlan, program: Program, num_tokens: int) -> Remake:
     """How what is let go will be made again; makes units of the inputs that it starts from."""
-    tape, units = frame.tape, frame.units.values()
+    tape, engine = frame.tape, frame.engine
     saved = {
         unit.memory.base
-        for unit in units
+        for unit in frame.units.values()
         if unit.memory.is_new and not unit.memory.spoiled and unit.window.covers(unit.num_bytes)
     }
     start = num_tokens - max(split.recompute for split in plan.splits)
     everything = plan.attention.recompute > 0
     tried = start if 0 < start < num_tokens else num_tokens // 2 // TOKENS * TOKENS or num_tokens // 2
-    key = (
-        program,
-        frozenset(saved),
-        frozenset(tape.cores),
-        frozenset(tape.trusted),
-        frozenset(tape.spoiled_values()),
-        num_tokens,
-        start,
-        everything,
-    )
+    groups = program.groups
+    spoiled = tape.spoiled_values() | frame.freed(program)
 
     def write_it() -> Recipe:
-        prober = None if everything else frame.engine.prober(num_tokens=num_tokens, start=tried)
+        prober = None if everything else engine.prober(num_tokens=num_tokens, start=tried, groups=groups)
         return write(
             program,
             saved,
-            spoiled=tape.spoiled_values(),
+            spoiled=spoiled,
             never=tape.cores,
             trusted=tape.trusted,
             prober=prober,
             entire=start == 0,
         )
 
-    recipe = frame.engine.recipe(key, write_it)
+    same = (
+        program,
+        frozenset(saved),
+        frozenset(tape.cores),
+        frozenset(tape.trusted),
+        num_tokens,
+        start,
+        everything,
+    )
+    while True:
+        known = engine.known((*same, frozenset(spoiled)), write_it, groups=groups)
+        remake = _from(frame, known.recipe, program, num_tokens=num_tokens, start=start)
+        wrong = known.wrong.get(frame.index)
+        if wrong is None:
+            wrong = known.wrong[frame.index] = _wrong(frame, remake)
+        if not wrong:
+            return remake
+        spoiled |= wrong
+
+
+def _from(frame: Frame, recipe: Recipe, program: Program, *, num_tokens: int, start: int) -> Remake:
     outside = recipe.outside.items()
     inputs = {value: frame.add_input(origin.key) for value, origin in outside if origin.kind == "input"}
-    given = {value: frame.given(origin) for value, origin in outside}
     return Remake(
         program=program,
         recipe=recipe,
         start=start,
         num_tokens=num_tokens,
-        seeds=tuple(tape.seeds),
+        seeds=tuple(frame.tape.seeds),
         inputs=inputs,
-        guards={value: VersionGuard(each) for value, each in given.items() if not each.is_inference()},
+        guards={value: VersionGuard(frame.given(origin)) for value, origin in outside},
     )
+
+
+def _wrong(frame: Frame, remake: Remake) -> frozenset[int]:
+    """Saved values that do not come out as they were: somebody changed, or drew, what no mode sees.
+
+    Tried once for each layer and form of it, while what was saved is still there: a kernel may write to memory that it
+    was given without telling torch, and do so in one of two layers that look the same.
+    """
+    units = {unit.memory.base: unit for unit in frame.units.values()}
+    same = like if frame.tape.trusted else equal
+    found: dict[int, bool] = {}
+
+    def compare(value: int, result: Tensor) -> None:
+        truth, rows = units[value].whole(), remake.recipe.rows[value]
+        if rows is not None and result.shape != truth.shape:
+            truth = rows.take(truth, remake.start, remake.num_tokens)
+        found[value] = same(result, truth)
+
+    frame.replay(remake, compare)
+    agree, groups = frame.engine.all_agree, remake.program.groups
+    return frozenset(value for value in sorted(found) if not agree(found[value], groups))
 
 
 def _split(unit: Unit, plan: LayerPlan, remake: Remake | None, ledger: Ledger) -> Split:

@@ -2,9 +2,10 @@
 
 Autograd saves views. Query, key and value may be slices of one matrix, and a transpose is the same memory read in
 another order, so the unit of saving is the storage, and each saved tensor is a window on it: two tensors share memory
-if they share a storage, and are equal only if they also share shape, stride, offset and type. (Offloaders that took
-the pointer alone for the key handed back a tensor in place of its transpose.) A storage is known by its address, which
-is only meaningful while somebody keeps it alive.
+if they share a storage, and are equal only if they also share shape, stride, offset, type, and the two bits by which
+torch conjugates or negates without touching memory. (Offloaders that took the pointer alone for the key handed back a
+tensor in place of its transpose.) A storage is known by its address, which is only meaningful while somebody keeps it
+alive.
 
 Wrappers such as DTensor hold one plain tensor; they are taken apart here and put together again around another one.
 """
@@ -27,17 +28,31 @@ class Window(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
+    conjugated: bool = False
+    negated: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Window":
         """The window that ``tensor`` is."""
-        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        return cls(
+            tuple(tensor.shape),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.dtype,
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
 
     def on(self, storage: torch.UntypedStorage, shift_bytes: int = 0) -> Tensor:
         """The tensor that looks in this way at ``storage`` from ``shift_bytes`` on."""
         blank = torch.empty(0, dtype=self.dtype, device=storage.device)
         offset = self.offset + shift_bytes // self.dtype.itemsize
-        return blank.set_(storage, offset, self.shape, self.stride)
+        return self.read(blank.set_(storage, offset, self.shape, self.stride))
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """What lies in memory as ``tensor``, conjugated or negated if this window is."""
+        tensor = torch._conj(tensor) if self.conjugated else tensor
+        return torch._neg_view(tensor) if self.negated else tensor
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +64,7 @@ class Window(NamedTuple):
 
     def covers(self, num_bytes: int) -> bool:
         """Whether it is all of a storage of ``num_bytes``, each element once."""
-        if self.offset or self.num_bytes != num_bytes:
+        if self.offset or self.num_bytes != num_bytes or self.conjugated or self.negated:
             return False
         expected = 1
         for dim in reversed(self.order):
@@ -98,7 +113,8 @@ def taken_apart(tensor: Tensor, *, arrived: bool = True) -> tuple[Tensor | None,
     What a collective is still bringing is waited for, unless it only has to be known (not ``arrived``).
     """
     if type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor):
-        return (tensor, None) if tensor.layout is torch.strided else (None, None)
+        is_plain = tensor.layout is torch.strided and not tensor.is_nested
+        return (tensor, None) if is_plain else (None, None)
     if isinstance(tensor, AsyncCollectiveTensor):
         return taken_apart(tensor.trigger_wait() if arrived else tensor.elem, arrived=arrived)
     names, context = tensor.__tensor_flatten__()
@@ -121,19 +137,35 @@ class VersionGuard:
     """Tells whether memory was changed in place since, without keeping it.
 
     Views share a counter of changes. The guard is one more view whose memory was taken away, so that it still counts.
-    torch itself does not look at the counter once saved tensors have hooks.
+    torch itself does not look at the counter once saved tensors have hooks. A wrapper has a counter of its own, which
+    is the one that counts what is done to the wrapper; that of the tensor in it counts the rest. What is done to
+    ``tensor.data`` nobody counts.
     """
 
-    __slots__ = ("_view", "version")
+    __slots__ = ("_guarded", "_home")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.version = tensor._version
-        self._view = tensor.detach()
-        self._view.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        inner, wrap = taken_apart(tensor)
+        self._home = None if inner is None else inner.untyped_storage()._cdata
+        self._guarded: list[tuple[Tensor, int]] = []
+        if wrap is not None:
+            view = tensor.detach()
+            setattr(view, wrap.name, torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            self._guarded.append((view, tensor._version))
+        if inner is not None and not inner.is_inference():
+            view = inner.detach()
+            view.data = torch.empty(0, dtype=inner.dtype, device=inner.device)
+            self._guarded.append((view, inner._version))
 
-    def check(self, window: Window, *, hint: str = "") -> None:
-        """Raise RuntimeError, as torch does without hooks, if the tensor was changed."""
-        self.compare(self._view, self.version, window, hint=hint)
+    def check(self, window: Window, *, now: Tensor | None = None, hint: str = "") -> None:
+        """Raise RuntimeError, as torch does without hooks, if the tensor was changed, or is ``now`` in other memory."""
+        for view, version in self._guarded:
+            self.compare(view, version, window, hint=hint)
+        if now is not None and now.untyped_storage()._cdata != self._home:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation was given other memory: "
+                f"[{window.dtype} {list(window.shape)}]{hint}"
+            )
 
     @staticmethod
     def compare(tensor: Tensor, version: int, window: Window, *, hint: str = "") -> None:

@@ -74,7 +74,7 @@ class Tape(TorchDispatchMode):
         self.core_depth = 0
         """how many declared cores are running: what they compute is never recomputed"""
         self.constants: list[Tensor] = []
-        """as they came: a view that is made below autograd does not share the counter of changes"""
+        """as they came, wrappers and all: a view that is made below autograd does not share the counter of changes"""
         self.seeds: list[Draw] = []
         self.readable = True
         """False once something was met that cannot be written down"""
@@ -148,19 +148,19 @@ class Tape(TorchDispatchMode):
             return None
         memory = self.memory_of(inner)
         if memory is None:
-            self.constants.append(inner)
+            self.constants.append(tensor)
             memory = self._outside(inner, Origin("constant", len(self.constants) - 1))
         window = Window.of(inner)
         value = memory.values.get(window)
         if value is None:
-            value = self._unseen(inner, memory, window)
+            value = self._unseen(tensor, memory, window)
         return Ref(value, wrap)
 
-    def _unseen(self, inner: Tensor, memory: Memory, window: Window) -> int:
+    def _unseen(self, tensor: Tensor, memory: Memory, window: Window) -> int:
         """A view that was made elsewhere, or by other means than an operator."""
         origin = Origin("unknown", None)
         if not (memory.is_new or memory.spoiled or memory.from_data):
-            self.constants.append(inner)
+            self.constants.append(tensor)
             origin = Origin("constant", len(self.constants) - 1)
         self._origins.append((len(self._windows), origin))
         return self._value(memory, window)

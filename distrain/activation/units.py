@@ -76,7 +76,10 @@ class Passed:
 
     def tensor(self) -> Tensor:
         """The tensor, if it was not changed in place; otherwise RuntimeError, as torch raises."""
-        VersionGuard.compare(self._tensor, self._version, Window.of(self._tensor))
+        if (
+            self._tensor._version != self._version
+        ):  # only then has it to be described: nested tensors have no shape
+            VersionGuard.compare(self._tensor, self._version, Window.of(self._tensor))
         return self._tensor
 
 
@@ -88,14 +91,15 @@ class Saved:
     def __init__(
         self,
         unit: Unit,
+        tensor: Tensor,
+        *,
         inner: Tensor,
         wrap: Wrap | None,
-        *,
         storage_of: Callable[[Unit], torch.UntypedStorage],
     ) -> None:
         self._unit, self._wrap, self._storage_of = unit, wrap, storage_of
         self._window = Window.of(inner)
-        self._guard = VersionGuard(inner)
+        self._guard = VersionGuard(tensor)
 
     @torch.no_grad()
     def tensor(self) -> Tensor:

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from distrain.activation.manager import ActivationManager
 from distrain.core.config import OptimizerConfig
@@ -195,6 +198,58 @@ def test_gradients_do_not_change_by_a_bit_in_a_sequence_group(ulysses: int, auto
         assert shares["swap"] == 0
         assert shares["memo-0.3"] > 0.3
         assert shares["recompute"] > 0.5
+
+
+class Halves(nn.Module):
+    """A layer of two parts, each of which may be sharded on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = SHAPE.d_model
+        self.first, self.second = (
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.first(x)
+        result: torch.Tensor = x + self.second(x)
+        return result
+
+
+def sharded(rank: int, world_size: int, by_part: bool) -> dict[str, int]:
+    """Bytes recomputed by each mode, after checking that nothing changed."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    torch.manual_seed(1)
+    layers = nn.Sequential(Halves(), Halves())
+    for layer in layers:
+        for part in layer.children() if by_part else ():
+            fully_shard(part, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(layers, mesh=mesh)
+    x = torch.randn(1, NUM_TOKENS, SHAPE.d_model, generator=torch.Generator().manual_seed(rank))
+
+    def gradients() -> list[torch.Tensor]:
+        layers.zero_grad()
+        layers(x.clone().requires_grad_()).square().mean().backward()
+        shards = [each.grad for each in layers.parameters()]
+        return [each.to_local().clone() for each in shards if isinstance(each, DTensor)]
+
+    truth, recomputed = gradients(), {}
+    for mode in MODES:
+        with ActivationManager(layers, plan_of(mode, len(layers), NUM_TOKENS)) as manager:
+            found = gradients()
+        assert all(map(torch.equal, found, truth)) and len(found) == len(truth), mode
+        recomputed[mode] = manager.report().recomputed_bytes
+    return recomputed
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("by_part", [False, True])
+def test_weights_that_are_gathered_for_a_part_of_a_layer_are_not_read_after_it(by_part: bool) -> None:
+    for recomputed in run_ranks(sharded, 2, by_part):
+        assert recomputed["swap"] == 0
+        assert recomputed["recompute"] > recomputed["memo-0.3"] > 0
 
 
 def disagree(rank: int, world_size: int) -> str:

@@ -104,6 +104,83 @@ def test_the_generator_of_the_device_that_is_named_is_put_back() -> None:
     assert [draw.device.type for draw in tape.seeds] == ["cpu", "meta", "cpu", "meta"]
 
 
+class InPlace(torch.autograd.Function):
+    """A kernel that writes to memory that it was given, and tells nobody: rotary embeddings are often done so."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        out = y.clone()
+        out.numpy()[...] *= 3
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 3
+
+
+def in_place(y: Tensor) -> Tensor:
+    result: Tensor = InPlace.apply(y)  # type: ignore[no-untyped-call]
+    return result
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_kernel_that_changes_its_memory_unseen_in_one_of_two_layers_alike_is_found_out(way: str) -> None:
+    layers = nn.Sequential(Layer(torch.clone), Layer(in_place))
+    truth = grads(layers, sample())
+    with ActivationManager(layers, ActivationPlan(layers=(WAYS[way],) * 2)) as manager:
+        for _ in range(2):
+            assert_same(grads(layers, sample()), truth)
+        assert manager.report().recomputed_bytes > 0, "of the layer that hides nothing"
+
+
+@torch.library.custom_op("distrain_test::thinned", mutates_args=())
+def thinned(x: Tensor) -> Tensor:
+    return x * (torch.rand_like(x) > 0.3)
+
+
+thinned.register_autograd(
+    lambda ctx, grad: grad * ctx.kept,
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "kept", output != 0),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_operator_that_draws_without_saying_so_is_not_done_again(way: str) -> None:
+    def seeded() -> list[Tensor]:
+        torch.manual_seed(5)
+        return grads(layer, sample())
+
+    layer = Layer(lambda y: thinned(y))
+    truth = seeded()
+    with ActivationManager([layer], plan(way)):
+        for _ in range(2):
+            assert_same(seeded(), truth)
+
+
+@torch.library.custom_op("distrain_test::coarse", mutates_args=())
+def coarse(x: Tensor) -> Tensor:
+    """Rounded to what the largest element allows; the scale is a power of two, so most samples have the same."""
+    scale = 2.0 ** torch.ceil(torch.log2(x.abs().max()))
+    return torch.round(x / scale * 8) * scale / 8
+
+
+coarse.register_autograd(lambda ctx, grad: grad, setup_context=lambda ctx, inputs, output: None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_scales_by_the_largest_of_all_tokens_is_not_taken_for_local(way: str) -> None:
+    def spiky(factor: float) -> Tensor:
+        x = sample().detach()
+        x[:, 0] *= factor
+        return x.requires_grad_()
+
+    layer = Layer(lambda y: coarse(y).tanh())
+    truths = [grads(layer, spiky(factor)) for factor in (1.0, 50.0)]
+    with ActivationManager([layer], plan(way)):
+        for factor, truth in zip((1.0, 50.0), truths, strict=True):
+            assert_same(grads(layer, spiky(factor)), truth)
+
+
 class Tight:
     """An operator that a full device refuses from the second call on, while ``is_full``."""
 
@@ -235,7 +312,7 @@ def test_what_is_remembered_has_an_end() -> None:
     written: list[int] = []
 
     def ask(key: int) -> None:
-        engine.recipe(key, lambda: written.append(key) or Recipe((), {}, {}, -1))  # type: ignore[func-returns-value]
+        engine.known(key, lambda: written.append(key) or Recipe((), {}, {}, -1), groups=())  # type: ignore[func-returns-value]
 
     for key in range(MOST_REMEMBERED + 1):
         ask(key)
@@ -244,3 +321,19 @@ def test_what_is_remembered_has_an_end() -> None:
     assert written == list(range(MOST_REMEMBERED + 1)), "what is young is known"
     ask(0)
     assert written[-1] == 0, "what is old was forgotten"
+
+
+def test_what_some_ranks_found_out_together_is_not_forgotten_for_what_one_of_them_does_with_others() -> None:
+    engine = Engine(CpuDevice(), HostPool(CpuDevice()), groups=())
+    written: list[str] = []
+
+    def ask(key: str, group: Any) -> None:
+        recipe = Recipe((), {}, {}, -1)
+        engine.known(key, lambda: written.append(key) or recipe, groups=(group,))  # type: ignore[func-returns-value]
+
+    ours, others = object(), object()
+    ask("ours", ours)
+    for number in range(2 * MOST_REMEMBERED):
+        ask(f"theirs {number}", others)
+    ask("ours", ours)  # tried again by this rank alone, its collectives would wait for ever
+    assert written.count("ours") == 1
