@@ -23,7 +23,7 @@ from .bounds import Sections
 from .skyline import Fit
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "skyline.cpp", _HERE / "first_fit.cpp")
+_SOURCES = tuple(_HERE / name for name in ("skyline.cpp", "first_fit.cpp", "failures.hpp"))
 NO_LIMIT = 2**62
 
 

@@ -1,73 +1,24 @@
 // Do these buffers fit under a capacity? A complete search with restarts; see skyline.py for the idea and the words.
 //
 // Names: a *section* is a column of time, its *floor* the height below which nothing more will be put, its *demand* the
-// sizes still to be placed in it. A buffer *rests* on the highest floor of its sections.
+// sizes still to be placed in it. A buffer *rests* at the lowest place that is not known to be impossible: on the
+// highest floor of its sections, or higher.
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <tuple>
+#include <utility>
 #include <vector>
+
+#include "failures.hpp"
 
 namespace {
 
-using i32 = std::int32_t;
-using i64 = std::int64_t;
-using u64 = std::uint64_t;
 constexpr i64 FAR = std::numeric_limits<i64>::max();
-
-u64 mix(u64 x) {  // splitmix64
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-struct Random {
-    u64 state;
-    u64 next() { return mix(state++); }
-    u64 below(u64 n) { return next() % n; }
-    double unit() { return static_cast<double>(next() >> 11) * 0x1p-53; }
-};
-
-using Key = std::array<u64, 2>;
-
-// States known to have no solution. 128 bits, so that a proof does not hang on a collision.
-class Failures {
-   public:
-    Failures() : slots_(1 << 12) {}
-
-    bool contains(const Key& key) const { return slots_[find(key)] == key; }
-
-    void insert(const Key& key) {
-        if (2 * count_ >= slots_.size()) {
-            if (slots_.size() >= MOST) return;  // full: the search stays complete, only slower
-            std::vector<Key> old(2 * slots_.size());
-            old.swap(slots_);
-            for (const Key& each : old)
-                if (each != Key{}) slots_[find(each)] = each;
-        }
-        Key& slot = slots_[find(key)];
-        if (slot != key) {
-            slot = key;
-            ++count_;
-        }
-    }
-
-   private:
-    static constexpr std::size_t MOST = std::size_t{1} << 22;
-
-    std::size_t find(const Key& key) const {
-        std::size_t at = key[0] & (slots_.size() - 1);
-        while (slots_[at] != Key{} && slots_[at] != key) at = (at + 1) & (slots_.size() - 1);
-        return at;
-    }
-
-    std::vector<Key> slots_;
-    std::size_t count_ = 0;
-};
 
 enum class Answer : i32 { no = 0, yes = 1, unknown = -1 };
 
@@ -77,47 +28,57 @@ enum class Rule : u64 { fewest, lowest, tightest, noisy };
 class Search {
    public:
     Search(i32 n, i32 sections, const i32* lower, const i32* upper, const i64* size, i64 capacity, u64 seed)
-        : n_(n), lower_(lower), upper_(upper), size_(size), capacity_(capacity), floor_(sections), demand_(sections),
-          lowest_rest_(sections), candidates_(sections), rest_(n), placed_(n), rank_(n), offset_(n), random_{mix(seed)} {}
+        : n_(n), sections_(sections), lower_(lower), upper_(upper), size_(size), capacity_(capacity),
+          first_(sections + 1), floor_(sections), demand_(sections), rest_(n), offset_(n, OPEN), queued_(sections),
+          count_(sections), name_(n), rank_(n), random_{mix(seed)} {
+        for (i32 i = 0; i < n; ++i) {
+            name_[i] = mix(~static_cast<u64>(i));
+            for (i32 t = lower[i]; t < upper[i]; ++t) demand_[t] += size[i], ++first_[t + 1];
+        }
+        std::partial_sum(first_.begin(), first_.end(), first_.begin());
+        living_.resize(first_[sections]);
+        std::vector<i64> next(first_.begin(), first_.end() - 1);
+        for (const i32 i : sorted([&](i32 a, i32 b) { return size[a] < size[b]; }))
+            for (i32 t = lower[i]; t < upper[i]; ++t) living_[next[t]++] = i;
+    }
 
     Answer run(i64 max_nodes, double max_seconds, const volatile i32* stop) {
         max_nodes_ = max_nodes;
         stop_ = stop;
         deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                        std::chrono::duration<double>(std::min(max_seconds, 1e8)));
-        std::vector<i32> all(n_);
-        for (i32 i = 0; i < n_; ++i) all[i] = i;
+        // By birth, as every list of open buffers is.
+        const auto all = sorted([&](i32 a, i32 b) { return std::tie(lower_[a], a) < std::tie(lower_[b], b); });
+        for (i32 t = 0; t < sections_; ++t) touch(t);
+        if (!settle(true)) return Answer::no;
         for (restarts = 0;; ++restarts) {
             begin_round();
-            const Answer answer = solve(0, static_cast<i32>(floor_.size()), all);
+            const std::size_t mark = trail_.size();
+            const Answer answer = solve(0, sections_, all);
             if (answer != Answer::unknown || out_of_time_) return answer;
+            undo(mark);
         }
     }
 
     const std::vector<i64>& offsets() const { return offset_; }
-    i64 nodes = 0;
-    i64 restarts = 0;
+    i64 nodes = 0, restarts = 0;
 
    private:
     using Clock = std::chrono::steady_clock;
 
-    // 1 1 2 1 1 2 4 1 1 2 ...: within a logarithm of the best restarting policy there is.
-    static i64 luby(i64 i) {
-        for (i64 power = 1;; power *= 2) {
-            if (i == 2 * power - 2) return power;
-            if (i < 2 * power - 2) return luby(i - power + 1);
-        }
+    template <class Less>
+    std::vector<i32> sorted(Less less) const {
+        std::vector<i32> all(n_);
+        std::iota(all.begin(), all.end(), 0);
+        std::sort(all.begin(), all.end(), less);
+        return all;
     }
 
     void begin_round() {
         node_limit_ = std::min(max_nodes_, nodes + BASE * luby(restarts));
-        std::fill(floor_.begin(), floor_.end(), 0);
-        std::fill(demand_.begin(), demand_.end(), 0);
-        std::fill(placed_.begin(), placed_.end(), 0);
         const u64 order = random_.below(8);
         rule_ = static_cast<Rule>(random_.below(4));
         for (i32 i = 0; i < n_; ++i) {
-            for (i32 t = lower_[i]; t < upper_[i]; ++t) demand_[t] += size_[i];
             const double length = upper_[i] - lower_[i], size = static_cast<double>(size_[i]), noise = random_.unit();
             switch (order) {
                 case 0: rank_[i] = length * size * (0.8 + 0.4 * noise); break;
@@ -132,25 +93,98 @@ class Search {
         }
     }
 
-    // Raise floors to where something can still rest, until nothing changes; false if some section overflows.
-    bool tighten(i32 begin, i32 end, const std::vector<i32>& open) {
-        for (bool changed = true; changed;) {
-            changed = false;
-            for (i32 t = begin; t < end; ++t) lowest_rest_[t] = FAR;
-            for (const i32 i : open) {
-                const i64 rest = *std::max_element(&floor_[lower_[i]], &floor_[upper_[i] - 1] + 1);
-                if (rest + size_[i] > capacity_) return false;
-                rest_[i] = rest;
-                for (i32 t = lower_[i]; t < upper_[i]; ++t) lowest_rest_[t] = std::min(lowest_rest_[t], rest);
+    // All that a node changes goes through here, so that it can be taken back.
+    void set(i64& cell, i64 value) {
+        trail_.push_back({&cell, cell});
+        cell = value;
+    }
+
+    void undo(std::size_t mark) {
+        for (; trail_.size() > mark; trail_.pop_back()) *trail_.back().cell = trail_.back().old;
+    }
+
+    void touch(i32 t) {
+        if (queued_[t]) return;
+        queued_[t] = 1;
+        queue_.push_back(t);
+    }
+
+    // Buffer i lies at `rest` or above; false if it cannot.
+    bool raise(i32 i, i64 rest) {
+        if (rest > capacity_ - size_[i]) return false;
+        set(rest_[i], rest);
+        for (i32 t = lower_[i]; t < upper_[i]; ++t) touch(t);
+        return true;
+    }
+
+    // Draw all conclusions about the sections that were touched; false if some section overflows, or is not `sound`.
+    bool settle(bool sound) {
+        for (std::size_t at = 0; at < queue_.size(); ++at) {
+            queued_[queue_[at]] = 0;
+            sound = sound && refresh(queue_[at]);
+        }
+        queue_.clear();
+        return sound;
+    }
+
+    // What cannot lie below a buffer must find room above it. So what rests higher than the demand of its section
+    // permits must have others beneath, and rests no lower than where enough of them fit.
+    bool refresh(i32 t) {
+        if (demand_[t] == 0) return true;
+        const auto [lowest, highest] = collect(t);
+        if (lowest > floor_[t]) set(floor_[t], lowest);
+        const i64 level = capacity_ - demand_[t];
+        if (floor_[t] > level) return false;
+        if (highest <= level) return true;
+        sort_column(t);
+        for (const Block& block : column_) {
+            const i32 i = block.buffer;
+            i64 rest = rest_[i];
+            if (rest <= level) continue;
+            auto next = std::upper_bound(column_.begin(), column_.end(), rest,
+                                         [](i64 height, const Block& other) { return height < other.top; });
+            i64 below = next == column_.begin() ? 0 : std::prev(next)->up_to;
+            for (; rest > level + below; ++next) {
+                if (next == column_.end()) return false;
+                if (next->buffer == i) continue;
+                rest = next->top;
+                below += size_[next->buffer];
             }
-            for (i32 t = begin; t < end; ++t) {
-                if (demand_[t] == 0) continue;
-                changed |= lowest_rest_[t] > floor_[t];
-                floor_[t] = lowest_rest_[t];
-                if (floor_[t] + demand_[t] > capacity_) return false;
-            }
+            if (rest > rest_[i] && !raise(i, rest)) return false;
         }
         return true;
+    }
+
+    // The open buffers of section t, in column_; their lowest and their highest rest.
+    std::pair<i64, i64> collect(i32 t) {
+        column_.clear();
+        i64 lowest = FAR, highest = 0;
+        for (i64 at = first_[t]; at < first_[t + 1]; ++at) {
+            const i32 i = living_[at];
+            if (offset_[i] != OPEN) continue;
+            column_.push_back({rest_[i] + size_[i], 0, i});
+            lowest = std::min(lowest, rest_[i]);
+            highest = std::max(highest, rest_[i]);
+        }
+        return {lowest, highest};
+    }
+
+    // By top. The order is kept for the next time, since tops hardly change from node to node.
+    void sort_column(i32 t) {
+        for (std::size_t at = 1; at < column_.size(); ++at) {
+            const Block block = column_[at];
+            std::size_t to = at;
+            for (; to > 0 && column_[to - 1].top > block.top; --to) column_[to] = column_[to - 1];
+            column_[to] = block;
+        }
+        const auto begin = living_.begin() + first_[t], end = living_.begin() + first_[t + 1];
+        std::partition(begin, end, [&](i32 i) { return offset_[i] == OPEN; });
+        auto at = begin;
+        i64 sum = 0;
+        for (Block& block : column_) {
+            block.up_to = sum += size_[block.buffer];
+            *at++ = block.buffer;
+        }
     }
 
     Key key(i32 begin, i32 end, const std::vector<i32>& open) const {
@@ -159,27 +193,33 @@ class Search {
             if (demand_[t] == 0) continue;
             const u64 cell = mix(static_cast<u64>(floor_[t]) * 0x100000001b3u + static_cast<u64>(t));
             found[0] += cell;
-            found[1] ^= mix(cell);
+            found[1] ^= cell * 0xff51afd7ed558ccdu;
         }
         for (const i32 i : open) {
-            found[0] += mix(~static_cast<u64>(i));
-            found[1] ^= mix(mix(~static_cast<u64>(i)));
+            found[0] += name_[i];
+            found[1] ^= name_[i] * 0xff51afd7ed558ccdu;
         }
         return found;
     }
 
-    void place(i32 i, i64 at) {
-        placed_[i] = 1;
-        offset_[i] = at;
+    // Put buffer i down; false if what is still `open` cannot be placed then.
+    bool place(i32 i, i64 at, const std::vector<i32>& open) {
+        const i64 top = at + size_[i];
+        set(offset_[i], at);
         for (i32 t = lower_[i]; t < upper_[i]; ++t) {
-            floor_[t] = at + size_[i];
-            demand_[t] -= size_[i];
+            set(floor_[t], top);
+            set(demand_[t], demand_[t] - size_[i]);
+            touch(t);
         }
+        return lift(lower_[i], upper_[i], top, open);
     }
 
-    void lift(i32 i) {
-        placed_[i] = 0;
-        for (i32 t = lower_[i]; t < upper_[i]; ++t) demand_[t] += size_[i];
+    // Nothing that is open rests below `floor` in [begin, end).
+    bool lift(i32 begin, i32 end, i64 floor, const std::vector<i32>& open) {
+        bool sound = true;
+        for (const i32 j : open)
+            if (lower_[j] < end && begin < upper_[j] && rest_[j] < floor) sound = sound && raise(j, floor);
+        return settle(sound);
     }
 
     bool exhausted() {
@@ -187,73 +227,62 @@ class Search {
             out_of_time_ |= nodes > max_nodes_;
             return true;
         }
-        if (nodes % 128 == 0) out_of_time_ |= *stop_ != 0 || Clock::now() > deadline_;
+        if (nodes % 16 == 0) out_of_time_ |= *stop_ != 0 || Clock::now() > deadline_;
         return out_of_time_;
     }
 
-    // Place all of `open`, which live in [begin, end). Floors of that range are as before unless the answer is yes.
+    // Place all of `open`, which live in [begin, end).
     Answer solve(i32 begin, i32 end, const std::vector<i32>& open) {
         if (open.empty()) return Answer::yes;
-        if (exhausted()) return Answer::unknown;
-        const std::vector<i64> before(&floor_[begin], &floor_[end - 1] + 1);
-        Answer answer = Answer::no;
-        if (tighten(begin, end, open)) {
-            const Key state = key(begin, end, open);
-            if (!failures_.contains(state)) {
-                const auto parts = split(open);
-                answer = parts.size() > 1 ? solve_apart(parts) : branch(begin, end, open);
-                if (answer == Answer::no) failures_.insert(state);
-            }
-        }
-        if (answer != Answer::yes) std::copy(before.begin(), before.end(), &floor_[begin]);
+        const Key state = key(begin, end, open);
+        if (failures_.contains(state)) return Answer::no;
+        const auto parts = split(open);
+        const Answer answer = !parts.empty() ? solve_apart(parts) : branch(begin, end, open);
+        if (answer == Answer::no) failures_.insert(state);
         return answer;
     }
 
     // Groups of `open` that no longer touch each other in time, the smallest first: it fails soonest.
-    std::vector<std::vector<i32>> split(const std::vector<i32>& open) {
-        std::vector<i32> sorted(open);
-        std::sort(sorted.begin(), sorted.end(), [&](i32 a, i32 b) { return lower_[a] < lower_[b]; });
+    std::vector<std::vector<i32>> split(const std::vector<i32>& open) const {
         std::vector<std::vector<i32>> parts;
-        i32 reach = -1;
-        for (const i32 i : sorted) {
-            if (lower_[i] >= reach) parts.emplace_back();
-            parts.back().push_back(i);
-            reach = std::max(reach, upper_[i]);
+        i32 reach = lower_[open[0]];
+        std::size_t begin = 0;
+        for (std::size_t at = 0; at <= open.size(); ++at) {
+            if (at == open.size() ? begin > 0 : lower_[open[at]] >= reach && at > 0) {
+                parts.emplace_back(open.begin() + begin, open.begin() + at);
+                begin = at;
+            }
+            if (at < open.size()) reach = std::max(reach, upper_[open[at]]);
         }
         std::stable_sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.size() < b.size(); });
         return parts;
     }
 
     Answer solve_apart(const std::vector<std::vector<i32>>& parts) {
-        for (std::size_t k = 0; k < parts.size(); ++k) {
-            i32 begin = lower_[parts[k][0]], end = upper_[parts[k][0]];
-            for (const i32 i : parts[k]) begin = std::min(begin, lower_[i]), end = std::max(end, upper_[i]);
-            const Answer answer = solve(begin, end, parts[k]);
-            if (answer == Answer::yes) continue;
-            for (std::size_t done = 0; done < k; ++done)
-                for (const i32 i : parts[done]) lift(i);
-            return answer;
+        for (const auto& part : parts) {
+            i32 begin = lower_[part[0]], end = upper_[part[0]];
+            for (const i32 i : part) begin = std::min(begin, lower_[i]), end = std::max(end, upper_[i]);
+            const Answer answer = solve(begin, end, part);
+            if (answer != Answer::yes) return answer;
         }
         return Answer::yes;
     }
 
-    // The section to branch on, whose candidates stay in candidates_. Only local minima: every buffer that rests there
-    // lies flat, so that putting it down loses no room below it.
+    // The section to branch on. Only local minima: every buffer that rests there lies flat, so that putting it down
+    // loses no room below it.
     i32 pick(i32 begin, i32 end, const std::vector<i32>& open) {
-        constexpr i32 UNEVEN = -1;
-        for (i32 t = begin; t < end; ++t) candidates_[t].clear();
+        std::fill(&count_[begin], &count_[end - 1] + 1, 0);
         for (const i32 i : open) {
-            const bool flat = std::all_of(&floor_[lower_[i]], &floor_[upper_[i] - 1] + 1,
-                                          [&](i64 floor) { return floor == rest_[i]; });
-            for (i32 t = lower_[i]; t < upper_[i]; ++t)
-                if (floor_[t] == rest_[i]) candidates_[t].push_back(flat ? i : UNEVEN);
+            i64 lowest = FAR, rest = rest_[i];
+            for (i32 t = lower_[i]; t < upper_[i]; ++t) lowest = std::min(lowest, floor_[t]);
+            const i64 add = lowest == rest ? 1 : UNEVEN;
+            for (i32 t = lower_[i]; t < upper_[i]; ++t) count_[t] += floor_[t] == rest ? add : 0;
         }
         i32 best = -1;
         double best_score = std::numeric_limits<double>::infinity();
         for (i32 t = begin; t < end; ++t) {
-            const auto& here = candidates_[t];
-            if (here.empty() || std::find(here.begin(), here.end(), UNEVEN) != here.end()) continue;
-            const double score = judge(t, static_cast<double>(here.size()));
+            if (count_[t] == 0 || count_[t] >= UNEVEN) continue;
+            const double score = judge(t, static_cast<double>(count_[t]));
             if (score < best_score) best = t, best_score = score;
         }
         return best;
@@ -273,33 +302,34 @@ class Search {
     // Who lies lowest in one section: each buffer that rests there in turn, or nobody if there is slack to give away.
     Answer branch(i32 begin, i32 end, const std::vector<i32>& open) {
         const i32 t = pick(begin, end, open);
-        std::vector<i32> here = candidates_[t];
+        const i64 floor = floor_[t];
+        std::vector<i32> here;
+        for (i64 at = first_[t]; at < first_[t + 1]; ++at)
+            if (offset_[living_[at]] == OPEN && rest_[living_[at]] == floor) here.push_back(living_[at]);
         std::sort(here.begin(), here.end(), [&](i32 a, i32 b) { return rank_[a] > rank_[b]; });
-        const i64 floor = floor_[t], raised = next_rest(t, here, open);
-        const std::vector<i64> tight(&floor_[begin], &floor_[end - 1] + 1);
         std::vector<std::tuple<i32, i32, i64>> tried;
         std::vector<i32> others;
+        const std::size_t mark = trail_.size();
         for (const i32 i : here) {
             const std::tuple<i32, i32, i64> twin{lower_[i], upper_[i], size_[i]};
             if (std::find(tried.begin(), tried.end(), twin) != tried.end()) continue;
             tried.push_back(twin);
+            if (exhausted()) return Answer::unknown;
             others.clear();
             for (const i32 j : open)
                 if (j != i) others.push_back(j);
-            place(i, floor);
-            const Answer answer = solve(begin, end, others);
-            if (answer == Answer::yes) return answer;
-            lift(i);
-            std::copy(tight.begin(), tight.end(), &floor_[begin]);
-            if (answer == Answer::unknown) return answer;
+            const Answer answer = place(i, floor, others) ? solve(begin, end, others) : Answer::no;
+            if (answer != Answer::no) return answer;
+            undo(mark);
         }
+        const i64 raised = next_rest(t, here, open);
         if (raised == FAR || raised + demand_[t] > capacity_) return Answer::no;
-        floor_[t] = raised;
-        return solve(begin, end, open);
+        if (exhausted()) return Answer::unknown;
+        return lift(t, t + 1, raised, open) ? solve(begin, end, open) : Answer::no;
     }
 
-    // The lowest place above its floor where a buffer of section t can come to lie: where one rests higher already, or on
-    // top of a buffer that was put below it.
+    // The lowest place above its floor where a buffer of section t can come to lie: where one rests higher already, or
+    // on top of a buffer that was put below it.
     i64 next_rest(i32 t, const std::vector<i32>& here, const std::vector<i32>& open) const {
         i32 begin = t, end = t + 1;
         for (const i32 i : here) begin = std::min(begin, lower_[i]), end = std::max(end, upper_[i]);
@@ -316,19 +346,36 @@ class Search {
         return raised;
     }
 
-    static constexpr i64 BASE = 100;
+    struct Change {
+        i64* cell;
+        i64 old;
+    };
 
-    const i32 n_;
+    struct Block {
+        i64 top;    // the lowest that it can have
+        i64 up_to;  // sizes of all whose top is no higher
+        i32 buffer;
+    };
+
+    static constexpr i64 BASE = 100;
+    static constexpr i64 OPEN = -1;
+    static constexpr i64 UNEVEN = i64{1} << 32;
+
+    const i32 n_, sections_;
     const i32* const lower_;
     const i32* const upper_;
     const i64* const size_;
     const i64 capacity_;
-    std::vector<i64> floor_, demand_, lowest_rest_;
-    std::vector<std::vector<i32>> candidates_;
-    std::vector<i64> rest_;
-    std::vector<char> placed_;
+    std::vector<i64> first_;  // of section t in living_
+    std::vector<i32> living_;
+    std::vector<i64> floor_, demand_, rest_, offset_;
+    std::vector<Change> trail_;
+    std::vector<i32> queue_;
+    std::vector<char> queued_;
+    std::vector<Block> column_;
+    std::vector<i64> count_;
+    std::vector<u64> name_;
     std::vector<double> rank_;
-    std::vector<i64> offset_;
     Failures failures_;
     Random random_;
     Rule rule_ = Rule::fewest;

@@ -8,7 +8,15 @@ section, below which nothing more will be put. ``demand`` is what is still to be
                       [b]           b's section is a local minimum: everything that rests there lies flat
 
 *Tightening*: a section's floor rises to the lowest place at which any of its open buffers rests, for the room below is
-lost to all. If floor and demand exceed the capacity anywhere, the state is dead. Repeat until nothing changes.
+lost to all. And what rests high must have others beneath: whatever cannot lie below a buffer, because its own top would
+be too high, must find room above it together with all the rest of its kind. If there is none, the buffer's rest rises
+to the next top at which enough of the others fit beneath::
+
+      capacity 7 --------    open in one section: a (size 4, rests at 0) and b (size 3, rests at 1, on a floor
+         |     [ b ]    |    elsewhere). Below b at 1, 2 or 3 there is no room for a, and on top of b it would
+         |  [ a ]       |    reach 8. So b rests at 4, and what lives with it elsewhere learns of that.
+
+If floor and demand exceed the capacity anywhere, the state is dead. Repeat until nothing changes.
 
 *Branching*: take a local minimum. Either one of the buffers that rest there is its lowest (one branch each), or none of
 them is, and the floor rises to the next place where a buffer of the section can come to lie: only if there is slack.
@@ -23,7 +31,6 @@ a random order of buffers, a random rule for sections, and Luby's budgets (100 n
 in one that is large enough. ``skyline.cpp`` is this search in C++; this file is what runs where it cannot be built.
 """
 
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -134,27 +141,41 @@ class _Search:
         return False
 
     def _tighten(self, begin: int, end: int, open_: Sequence[int]) -> bool:
-        floor, demand = self.floor, self.demand
-        changed = True
-        while changed:
-            changed = False
-            lowest: list[float] = [math.inf] * (end - begin)
-            for i in open_:
-                rest = max(floor[self.lower[i] : self.upper[i]])
-                if rest + self.size[i] > self.capacity:
+        floor, demand, rest = self.floor, self.demand, self.rest
+        columns: dict[int, list[int]] = {}
+        for i in open_:
+            rest[i] = max(floor[self.lower[i] : self.upper[i]])
+            if rest[i] + self.size[i] > self.capacity:
+                return False
+            for t in range(self.lower[i], self.upper[i]):
+                columns.setdefault(t, []).append(i)
+        touched = dict.fromkeys(columns)
+        while touched:
+            t, _ = touched.popitem()
+            floor[t] = max(floor[t], min(rest[i] for i in columns[t]))
+            if floor[t] + demand[t] > self.capacity:
+                return False
+            for i in columns[t]:
+                lowest = self._lowest_rest(i, t, columns[t])
+                if lowest is None or lowest + self.size[i] > self.capacity:
                     return False
-                self.rest[i] = rest
-                for t in range(self.lower[i] - begin, self.upper[i] - begin):
-                    if rest < lowest[t]:
-                        lowest[t] = rest
-            for t, rest_ in enumerate(lowest, begin):
-                if rest_ == math.inf:
-                    continue
-                changed = changed or rest_ > floor[t]
-                floor[t] = int(rest_)
-                if floor[t] + demand[t] > self.capacity:
-                    return False
+                if lowest > rest[i]:
+                    rest[i] = lowest
+                    touched.update(dict.fromkeys(range(self.lower[i], self.upper[i])))
         return True
+
+    def _lowest_rest(self, i: int, t: int, column: Sequence[int]) -> int | None:
+        """Where buffer ``i`` can lie at the lowest, so that what does not fit below it in section ``t`` fits above."""
+        level, found = self.capacity - self.demand[t], self.rest[i]
+        if found <= level:
+            return found
+        for top, size in sorted((self.rest[j] + self.size[j], self.size[j]) for j in column if j != i):
+            if top > found:
+                if found <= level:
+                    break
+                found = top
+            level += size
+        return found if found <= level else None
 
     def _split(self, open_: Sequence[int]) -> list[list[int]]:
         parts: list[list[int]] = []
