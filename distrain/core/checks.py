@@ -242,7 +242,7 @@ def _sequences(config: RunConfig, dp: int) -> Iterator[Problem]:
     is_static = kind not in (Sequences.NONE, Sequences.ADAPTIVE)
     if parallel.auto and kind is not Sequences.NONE:
         yield Problem(
-            "the planner of layouts does not plan for shared sequences",
+            "the planner of layouts does not plan for shared sequences: their cost model is of one tp and pp",
             f'parallel = "auto", sequence = {kind}',
             "parallel.sequence = none, or a layout of one's own",
             "--set parallel.auto=false",

@@ -277,6 +277,7 @@ def test_everything_wrong_with_shared_sequences_is_said_at_once(config: Path) ->
             "sequence_ring does not",
         ),
         (["sequence=none"], "parallel.sequence_cost is not used by sequence = none"),
+        (["auto=true"], "does not plan for shared sequences: their cost model is of one tp and pp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
