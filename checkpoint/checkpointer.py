@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class Checkpointer:
             path: folder of the checkpoints; the only tier unless ``tiers`` says more.
             every: steps between two snapshots, or ``Auto(...)``, which chooses them by what saving costs here.
             policy: what ``step`` does when no slot of memory is free: block, skip, or drop the oldest unwritten one.
-            strict: failures raise instead of being logged and counted.
+            strict: failures raise instead of being logged and counted, the keeper's in the next call or in ``close``.
             slot_bytes: memory of one snapshot of this rank; 0 estimates it from what is tracked.
         """
         self._path = Path(path).resolve()
@@ -99,6 +99,8 @@ class Checkpointer:
         self._running: tuple[Snapshot, Future[None]] | None = None
         self._fences: list[Any] = []
         self._counters = Counters()
+        self._error = ""
+        """the first failure that was heard of after the call that it belongs to"""
         self._lock = threading.Lock()
 
     # -- what is saved
@@ -114,6 +116,7 @@ class Checkpointer:
 
     def step(self, step: int) -> bool:
         """Say that ``step`` steps are done; starts a snapshot if one is due, and returns whether it did."""
+        self._raise_if_strict()
         if not self._cadence.is_due(step, now=time.perf_counter()):
             return False
         handle = self.save(step)
@@ -127,6 +130,7 @@ class Checkpointer:
 
         ``durable`` writes it to every tier, due or not.
         """
+        self._raise_if_strict()
         start = time.perf_counter()
         try:
             started = self._snapshot(step, durable=durable)
@@ -171,6 +175,7 @@ class Checkpointer:
         if self._client is not None:
             self._client.close(flush=flush, timeout_s=self._timeout_s)
             self._client = None
+        self._raise_if_strict()
 
     def __enter__(self) -> Self:
         return self
@@ -259,6 +264,7 @@ class Checkpointer:
             if reason:
                 self._count(invalid=1)
                 log.error("the snapshot of step %d is no good: %s", slot.step, reason)
+                self._error = self._error or f"the snapshot of step {slot.step} is no good: {reason}"
                 client.invalidate(slot, reason)
             else:
                 client.seal(slot)
@@ -285,7 +291,23 @@ class Checkpointer:
                 num_slots=self._num_slots,
                 config=KeeperConfig(tiers=self._tiers),
             )
+            self._listen(self._client)
         return self._client
+
+    def _listen(self, client: KeeperClient) -> None:
+        """Note what the keeper says has failed, beside logging it."""
+        log_it = client.on_notice
+
+        def hear(notice: Mapping[str, Any]) -> None:
+            log_it(notice)
+            if notice.get("level") == "error":
+                self._error = self._error or str(notice.get("text", notice))
+
+        client.on_notice = hear
+
+    def _raise_if_strict(self) -> None:
+        if self._strict and self._error:
+            raise DataError("a checkpoint has failed", got=self._error)
 
     def _fail(self, text: str, error: DistrainError) -> None:
         self._count(failures=1)

@@ -61,9 +61,15 @@ def _ckpt() -> None:
     """Look at checkpoints, check, compare, convert, mend and clear them away."""
 
 
-@ckpt.command()
+@ckpt.command(short_help="list checkpoints, and why some cannot be restored")
 def ls(root: Folder = ".", as_json: AsJson = False) -> None:
-    """List the checkpoints below ROOT, newest first, and why some cannot be restored."""
+    """List the checkpoints below ROOT, newest first, and why some cannot be restored.
+
+    \b
+    Examples:
+      distrain ckpt ls runs/default/checkpoints
+      distrain ckpt ls s3://bucket/run --json
+    """
     storage = open_storage(root)
     found = list(candidates(storage))
     unfinished = [name for name in storage.names() if _kind(name) is Kind.TEMPORARY]
@@ -80,7 +86,7 @@ def ls(root: Folder = ".", as_json: AsJson = False) -> None:
     show(table if table.row_count else f"no checkpoints in {root}")
 
 
-@ckpt.command()
+@ckpt.command(short_help="what a checkpoint holds")
 def inspect(
     path: Folder,
     pattern: Annotated[
@@ -88,7 +94,13 @@ def inspect(
     ] = "*",
     as_json: AsJson = False,
 ) -> None:
-    """Show what the checkpoint at PATH holds: where it comes from, tensors, objects."""
+    """Show what the checkpoint at PATH holds: where it comes from, tensors, objects.
+
+    \b
+    Examples:
+      distrain ckpt inspect runs/default/checkpoints           the newest good one
+      distrain ckpt inspect runs/default/checkpoints/step-00000100 '*.wq.*'
+    """
     found = locate(path)
     manifest = found.manifest
     tensors = {name: t for name, t in manifest.tensors.items() if fnmatchcase(name, pattern)}
@@ -105,13 +117,19 @@ def inspect(
     show(heading, "", table)
 
 
-@ckpt.command()
+@ckpt.command(short_help="read every byte")
 def verify(
     path: Folder,
     threads: Annotated[int, typer.Option(min=1, help="Extents to read at once.")] = 2,
     as_json: AsJson = False,
 ) -> int:
-    """Read every byte of the checkpoint at PATH, or of all below it; exit with 1 if anything is damaged."""
+    """Read every byte of the checkpoint at PATH, or of all below it; exit with 1 if anything is damaged.
+
+    \b
+    Examples:
+      distrain ckpt verify runs/default/checkpoints
+      distrain ckpt verify runs/default/checkpoints/step-00000100 --threads 8
+    """
     storage, chosen = _all_of(path)
     reports = []
     for folder in chosen:
@@ -125,9 +143,14 @@ def verify(
     return 0 if all(report.is_good for report in reports) else 1
 
 
-@ckpt.command()
+@ckpt.command(short_help="in what two checkpoints differ")
 def diff(first: Folder, second: Folder, as_json: AsJson = False) -> int:
-    """Show in which tensors and objects two checkpoints differ; exit with 1 if they do."""
+    """Show in which tensors and objects two checkpoints differ; exit with 1 if they do.
+
+    \b
+    Examples:
+      distrain ckpt diff runs/a/checkpoints runs/b/checkpoints
+    """
     readers = [TensorReader(at.storage, at.folder, at.manifest) for at in (locate(first), locate(second))]
     with progress("compare", readers[0].manifest.nbytes) as advance:
         found = list(differences(*readers, progress=advance))
@@ -135,6 +158,7 @@ def diff(first: Folder, second: Folder, as_json: AsJson = False) -> int:
         print_json([asdict(difference) for difference in found])
     else:
         table = Table("name", "differs in", "detail", "largest gap", box=None, header_style="bold")
+        table.columns[0].min_width = max((len(each.name) for each in found), default=0)  # to be copied
         for difference in found:
             gap = "" if difference.max_abs is None else f"{difference.max_abs:.3g}"
             table.add_row(difference.name, difference.what, difference.detail, gap)
@@ -142,7 +166,7 @@ def diff(first: Folder, second: Folder, as_json: AsJson = False) -> int:
     return 1 if found else 0
 
 
-@ckpt.command()
+@ckpt.command(short_help="from and to safetensors, hf, dcp, deepspeed")
 def convert(
     source: Annotated[Path, typer.Argument(exists=True, help="A checkpoint of any format: folder or file.")],
     target: Annotated[Path, typer.Argument(help="The new folder; for distrain, a root that may exist.")],
@@ -158,6 +182,11 @@ def convert(
     """Write the checkpoint at SOURCE in another format to TARGET; nothing is there until all of it is.
 
     Objects that differ between ranks, and what the format has no place for, are left out and named.
+
+    \b
+    Examples:
+      distrain ckpt convert runs/a/checkpoints/step-00000100 llama --to hf --config run.toml
+      distrain ckpt convert llama runs/b/checkpoints --to distrain
     """
     from distrain.checkpoint.convert import convert as run
     from distrain.checkpoint.convert import total_bytes
@@ -173,7 +202,7 @@ def convert(
         show(f"left out: {some(done.left_out)}")
 
 
-@ckpt.command()
+@ckpt.command(short_help="mend what is damaged")
 def repair(
     path: Folder,
     copies: Annotated[
@@ -185,6 +214,10 @@ def repair(
     """Mend the checkpoint at PATH; what cannot be derived from the rest of it comes from copies.
 
     A temporary folder in which every rank had finished is committed. Exits with 1 if damage is left.
+
+    \b
+    Examples:
+      distrain ckpt repair runs/a/checkpoints/step-00000100 --from s3://bucket/run/step-00000100
     """
     storage, folder = _one(path)
     with progress(f"repair {folder}", None) as advance:
@@ -197,7 +230,7 @@ def repair(
     return 0 if report.is_good else 1
 
 
-@ckpt.command()
+@ckpt.command(short_help="delete what is old")
 def gc(
     root: Folder,
     keep_last: Annotated[int, typer.Option(help="Keep so many of the newest good ones.")] = 3,
@@ -208,7 +241,12 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old checkpoints below ROOT and what crashes left behind, never the last good one."""
+    """Delete old checkpoints below ROOT and what crashes left behind, never the last good one.
+
+    \b
+    Examples:
+      distrain ckpt gc runs/a/checkpoints --keep-last 2 --keep-every 1000 --dry-run
+    """
     storage = open_storage(root)
 
     def is_good(candidate: Candidate) -> bool:

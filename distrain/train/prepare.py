@@ -11,7 +11,7 @@ from typing import Any
 
 from distrain.core.checks import check_run
 from distrain.core.config import RunConfig, nested
-from distrain.core.errors import Problem, raise_if
+from distrain.core.errors import ConfigError, Problem, raise_if
 from distrain.planners.memory import MemoryEstimate, estimate, gib
 from distrain.planners.parallel_plan import ParallelPlan
 from distrain.planners.stages import stage_layers, stage_params
@@ -38,11 +38,20 @@ class Prepared:
         return Path(self.config.run_dir) / "plan.json"
 
     def write(self) -> Path:
-        """Leave plan and resolved config in the run's folder; returns the config's path."""
+        """Leave plan and resolved config in the run's folder; returns the config's path.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
         path = Path(self.config.run_dir) / "config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(nested(self.config), indent=1) + "\n")
-        self.plan.save(self.plan_path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(nested(self.config), indent=1) + "\n")
+            self.plan.save(self.plan_path)
+        except OSError as error:
+            got = f"{error.filename or path}: {error.strerror}"
+            hint = "--set run_dir=ANOTHER/FOLDER"
+            raise ConfigError("run_dir cannot be written to", got=got, hint=hint) from None
         return path
 
     def to_dict(self) -> dict[str, Any]:

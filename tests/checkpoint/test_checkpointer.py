@@ -167,6 +167,16 @@ def test_a_part_can_be_restored(tmp_path: Path) -> None:
     assert torch.equal(theirs, ours)
 
 
+def test_a_checkpoint_that_is_given_up_ends_a_strict_loop(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tiers = [TierConfig(url=str(tmp_path / "file" / "below"))]
+    checkpoints = Loop().track(Checkpointer(tmp_path / "run", tiers=tiers, strict=True, device="cpu"))
+    checkpoints.step(1)
+    with pytest.raises(DataError, match="has failed") as caught:
+        checkpoints.close()
+    assert "step 1" in str(caught.value) and "is given up" in str(caught.value)
+
+
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     checkpoints = Checkpointer(tmp_path / "run", device="cpu")
     checkpoints.track(thing=object())

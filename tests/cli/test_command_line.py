@@ -158,6 +158,15 @@ def test_one_broken_verb_leaves_the_others_standing(
         main(["train"])
 
 
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").touch()
+    assert main(["train", str(tmp_path / "run.toml"), "--set", "run_dir=/proc/none/run"]) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "error: run_dir cannot be written to" and said[1].startswith("got: /proc/none")
+
+
 @pytest.mark.processes
 def test_an_interrupt_ends_in_one_line_and_130(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
