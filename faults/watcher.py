@@ -1,8 +1,8 @@
 """Ends a drill's job, should the drill itself be killed: nobody else would, and a frozen rank would stay frozen.
 
 All processes of a job inherit a mark in their environment, however far they detach themselves. A process beside the
-drill waits for the end of a pipe; if the drill has not said before that all is well, whatever has the mark is ended,
-and the control groups of the dead are taken away.
+drill waits for the end of a pipe; if the drill has not said before that all is well, for it was killed or interrupted,
+whatever has the mark is ended, and the control groups of the dead are taken away.
 """
 
 import contextlib
@@ -45,8 +45,9 @@ class Watcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(WELL)
+        if kind is None:  # whoever cleans up after an error, a second Ctrl-C may have kept from it
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(WELL)
         self._process.stdin.close()
         self._process.wait()
 

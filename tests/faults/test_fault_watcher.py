@@ -44,3 +44,16 @@ def test_the_end_of_a_job_lets_go_of_what_is_frozen_and_tries_out_no_networks(
             if path.exists():
                 group.close()
             child.kill()
+
+
+def test_an_interrupted_drill_leaves_nothing_of_a_job_that_it_could_not_end_itself() -> None:
+    """As when Ctrl-C is pressed once more while the first one is answered."""
+    words = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    with pytest.raises(KeyboardInterrupt), watcher.Watcher() as watching:
+        child = subprocess.Popen(words, env={**os.environ, **watching.variables}, start_new_session=True)
+        raise KeyboardInterrupt
+    try:
+        assert (child.poll() or 0) < 0
+    finally:
+        child.kill()
+        child.wait()
