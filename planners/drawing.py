@@ -3,13 +3,14 @@
 matplotlib is optional (``pip install 'distrain[plot]'``).
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from distrain.core.errors import ConfigError, MissingDependencyError
+from distrain.core.errors import ConfigError, MissingDependencyError, Problem
 
 Painter = Callable[[Any], None]
 """draws on one matplotlib Axes"""
@@ -20,6 +21,16 @@ def require() -> None:
     if find_spec("matplotlib") is None:
         hint = "pip install 'distrain[plot]'"
         raise MissingDependencyError("plots need matplotlib", got="it is not installed", hint=hint)
+
+
+def check(path: Path) -> Iterator[Problem]:
+    """What keeps a picture from being written to ``path``, found before a long search; as ``require``, too."""
+    require()
+    known = import_module("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        yield Problem("a plot has a format by the ending of its name", str(path), ", ".join(sorted(known)))
+    if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
+        yield Problem("a plot cannot be written", str(path), "a file in a folder that is there")
 
 
 def draw(path: Path, painters: Sequence[Painter], *, columns: int = 1) -> None:

@@ -1,9 +1,11 @@
 """``distrain plan sequence``: the groups of every micro-batch for a batch of sequences."""
 
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -14,8 +16,11 @@ from distrain.core.errors import ConfigError, Problem, raise_if
 if TYPE_CHECKING:
     from distrain.planners.sequence import StepPlan
 
+Input = TypeVar("Input")
+
 CERTIFY_S = 30.0
 _SHOWN = 5
+_LENGTH = re.compile("-?[0-9]{1,300}")  # what a float can hold
 
 
 def sequence(
@@ -54,14 +59,18 @@ def sequence(
       distrain plan sequence --lengths lengths.txt --gpus 24 --cost cost.toml --time-limit 1 --plot plan.svg
       distrain plan sequence --lengths lengths.txt --gpus 64 --cost 7b --json | jq .gap
     """
+    from distrain.planners import drawing
     from distrain.planners.sequence import load_cost, plan_step
+    from distrain.planners.sequence.problem import problems as batch_problems
 
-    model = load_cost(cost)
-    numbers = _read(lengths)
-    if plot is not None:
-        from distrain.planners.drawing import require
-
-        require()
+    problems: list[Problem] = []
+    model = _tried(lambda: load_cost(cost), problems)
+    numbers = _tried(lambda: _read(lengths), problems)
+    problems += batch_problems([1] if numbers is None else numbers, num_slots=gpus)
+    problems += _unwritable(output)
+    problems += drawing.check(plot) if plot is not None else []
+    if problems or model is None or numbers is None:
+        raise ConfigError.of(problems)
     console = Console(stderr=True)
     with console.status("searching for a better bound ..." if certify else "planning ..."):
         found = plan_step(
@@ -74,30 +83,49 @@ def sequence(
             schedule=schedule,
             solver=solver,
         )
-    written = []
-    try:
-        if output is not None:
+    if output is not None:
+        try:
             found.save(output)
-            written.append(output)
-        if plot is not None:
-            from distrain.planners.drawing import draw
-            from distrain.planners.sequence.plots import slots_over_time
+        except OSError as error:
+            raise ConfigError("this cannot be written", got=f"{output}: {error.strerror}") from None
+    if plot is not None:
+        from distrain.planners.sequence.plots import slots_over_time
 
-            draw(plot, [slots_over_time(found)])
-            written.append(plot)
-    except OSError as error:
-        raise ConfigError("this cannot be written", got=f"{error.filename}: {error.strerror}") from None
+        drawing.draw(plot, [slots_over_time(found)])
+    written = [path for path in (output, plot) if path is not None]
     print(found.to_json(), end="") if as_json else _show(found, numbers, written)
+
+
+def _tried(read: Callable[[], Input], problems: list[Problem]) -> Input | None:
+    """What ``read`` returns; None if it is refused, with the reasons added to ``problems``."""
+    try:
+        return read()
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def _unwritable(path: Path | None) -> Iterator[Problem]:
+    """Why a file cannot be written, as far as can be told before planning."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    while not os.path.exists(
+        folder
+    ):  # unlike a Path, takes a name that is too long for one that is not there
+        folder = folder.parent
+    if os.path.isdir(path) or not folder.is_dir() or not os.access(folder, os.W_OK):
+        yield Problem("this cannot be written", str(path), "a file in a folder that is there, or can be made")
 
 
 def _read(path: Path) -> list[int]:
     """One whole number a line; empty lines at the end do not count."""
     try:
-        lines = path.read_text().rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text("utf-8-sig").rstrip().splitlines()
+    except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError("the lengths cannot be read", got=f"{path}: {why}") from None
-    wrong = [(at, line) for at, line in enumerate(lines, 1) if not line.strip().lstrip("-").isdecimal()]
+    wrong = [(at, line) for at, line in enumerate(lines, 1) if not _LENGTH.fullmatch(line.strip())]
     more = f" and {len(wrong) - _SHOWN} more lines" if len(wrong) > _SHOWN else ""
     shown = ", ".join(f"{line.strip()[:40]!r} (line {at})" for at, line in wrong[:_SHOWN]) + more
     raise_if(

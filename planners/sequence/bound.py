@@ -41,6 +41,7 @@ _INTEGERS = 15  # longest sequences that are not cut
 _SINGLES, _KNOTS = 4, 3  # prices of their own; hat functions in each band of equal least degree
 _SLICE_S = 3.0  # on one branch
 _SAFETY = 1 - 1e-6
+_NOTHING_MS = 1e-9  # a wave may take no time at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +228,9 @@ class _Branch:
             least_ms = pricing.low + shared.beta
             price = pricing.price(duals, enough=enough, tolerance=accuracy * least_ms)
             violation = max(0.0, price.bound - enough)
-            self._violations[index] = 0.5 * self._violations[index] + violation / least_ms
-            theta = min(theta, least_ms / (least_ms + violation))
+            self._violations[index] = 0.5 * self._violations[index] + violation / max(least_ms, _NOTHING_MS)
+            if violation > 0:
+                theta = min(theta, least_ms / (least_ms + violation))
             if price.counts is not None:
                 row = np.append(shared.basis @ price.counts, 1.0)
                 if row @ optimum > price.ms + shared.beta + 1e-7 * abs(master_ms):

@@ -14,10 +14,10 @@ The presets are the constants that FlexSP's authors fitted on 64 A100s in 8 node
 is what 30 GB leave beside the states of that model at a context of 192K tokens.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -128,8 +128,8 @@ def load(source: Path | str) -> SequenceCost:
     if str(source) in PRESETS:
         return PRESETS[str(source)]
     try:
-        data = tomllib.loads(Path(source).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data = tomllib.loads(Path(source).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:  # no UTF-8, no TOML, or a number of thousands of digits
         close = nearest(str(source).lower(), PRESETS)
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
@@ -146,18 +146,19 @@ def load(source: Path | str) -> SequenceCost:
     )
 
 
-def _is_number(value: object, *, least: float) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= least
-    )
+def _is_number(value: object) -> bool:
+    """Of a size that can be reckoned with; a whole number may be beyond every float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_REAL
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_COUNT
 
 
+_MOST_REAL, _MOST_COUNT = 1e300, 2**53
 _REALS = ("alpha1", "alpha2", "beta1")
 _COUNTS = ("layers", "hidden", "tokens_per_gpu", "max_degree")
+_DEGREE = re.compile("[1-9][0-9]{0,8}")
 _KEYS = (*_REALS, *_COUNTS, "bandwidth_gb_s")
 
 
@@ -169,17 +170,19 @@ def _problems(data: Mapping[str, Any]) -> Iterator[Problem]:
         if key not in data and key not in ("max_degree", "bandwidth_gb_s"):
             yield Problem(f"the cost model lacks {key}", hint=f"{key} = ...")
     for key in _REALS:
-        if key in data and not _is_number(data[key], least=0):
-            yield Problem(f"{key} is no time", f"{key} = {data[key]!r}", "0 or more ms")
+        if key in data and not _is_number(data[key]):
+            yield Problem(f"{key} is no time", f"{key} = {data[key]!r}"[:60], "0 to 1e300 ms")
     for key in _COUNTS:
         if key in data and not _is_whole(data[key]):
-            yield Problem(f"{key} is no count", f"{key} = {data[key]!r}", "a whole number, 1 or more")
+            yield Problem(f"{key} is no count", f"{key} = {data[key]!r}"[:60], "a whole number, 1 to 2^53")
     table = data.get("bandwidth_gb_s", {})
     if not isinstance(table, dict):
         yield Problem("bandwidth_gb_s is no table", repr(table), "GB/s for each degree")
         return
     for degree, speed in table.items():
-        if not degree.isdecimal() or int(degree) < 1:
-            yield Problem("bandwidth_gb_s has a key that is no degree", degree, "whole numbers, 1 or more")
-        if not _is_number(speed, least=0) or speed == 0:
-            yield Problem("a bandwidth is not positive", f"{degree} = {speed!r}", "GB/s, more than 0")
+        if not _DEGREE.fullmatch(degree):
+            yield Problem(
+                "bandwidth_gb_s has a key that is no degree", degree[:40], "a whole number, 1 or more"
+            )
+        if not _is_number(speed) or speed == 0:
+            yield Problem("a bandwidth is not positive", f"{degree} = {speed!r}"[:60], "GB/s, more than 0")

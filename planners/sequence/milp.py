@@ -46,6 +46,8 @@ def search(
     numbers = range(problem.least_waves, problem.least_waves + _MORE_CHUNKS + 1)
     chunkings = [chunks for num in numbers if (chunks := blaster(problem, num))]
     for at, chunks in enumerate(chunkings):
+        if at and time.monotonic() >= deadline:
+            break
         waves, proven = [], 0
         for index, members in enumerate(chunks):
             left_s = max(0.0, deadline - time.monotonic()) / (len(chunkings) - at) / (len(chunks) - index)

@@ -2,14 +2,15 @@
 
 The search counts its work and stops after some ten thousand placements for each millisecond it is given, which it
 does in about three quarters of the time on a processor of the last years: so a plan depends on lengths, cost model,
-limit and seed, and not on the machine or on what else runs there. Where that is too much for the time, the clock ends
-the search, and the plan says so.
+limit and seed, and not on the machine or on what else runs there. Where that is too much, the clock ends the search,
+and the plan says so: after the time given, of which what other processes take does not count, up to a second.
 """
 
 import ctypes
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from distrain.core import native
 
 from .problem import StepProblem
 
-_SOURCES = (Path(__file__).with_name("waves.cpp"), Path(__file__).with_name("pack.hpp"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("waves.cpp", "pack.hpp", "exact.hpp", "homogeneous.hpp")
+)
+_MOST_WORK = 2.0**60
 _FLAGS = ("-ffp-contract=off",)  # fused multiply-adds would round differently from machine to machine
 
 
@@ -36,11 +40,14 @@ class Waves:
     adaptive_ms: float
     by_clock: bool = False
     """the search was ended by the clock"""
+    exact: bool = False
+    """every plan was looked at: no lock-step plan is shorter"""
 
 
 def placements(milliseconds: float, num_slots: int) -> int:
     """The work that fits the time: a placement costs more where there are more groups to look at."""
-    return int(milliseconds * 36_000 / (1 + 0.12 * math.log2(max(1.0, num_slots / 64))))
+    work = milliseconds * 36_000 / (1 + 0.12 * math.log2(max(1.0, num_slots / 64)))
+    return int(min(work, _MOST_WORK))
 
 
 def search(problem: StepProblem, *, milliseconds: float, seed: int, build: bool) -> Waves | None:
@@ -52,10 +59,12 @@ def search(problem: StepProblem, *, milliseconds: float, seed: int, build: bool)
     library = _library(build)
     num = len(problem.lengths)
     wave, group, degree = (np.empty(num, np.int32) for _ in range(3))
-    report = np.zeros(5)
+    report = np.zeros(4)
+    stop = ctypes.c_int(0)
     times = np.ascontiguousarray(problem.times)
     degrees = np.array(problem.degrees, np.int32)
-    failed = library.distrain_plan_waves(
+    call = partial(
+        library.distrain_plan_waves,
         ctypes.c_int(problem.num_slots),
         ctypes.c_int(len(problem.degrees)),
         _address(degrees),
@@ -67,14 +76,28 @@ def search(problem: StepProblem, *, milliseconds: float, seed: int, build: bool)
         ctypes.c_int64(placements(milliseconds, problem.num_slots)),
         ctypes.c_double(milliseconds / 1e3),
         ctypes.c_uint64(seed % 2**64),
+        ctypes.byref(stop),
         _address(wave),
         _address(group),
         _address(degree),
         _address(report),
     )
+    with ThreadPoolExecutor(1, "sequence-plan") as thread:  # so that this one hears Ctrl-C
+        try:
+            failed = thread.submit(call).result()
+        finally:
+            stop.value = 1
     if failed:
         return None
-    return Waves(wave, group, degree, float(report[1]), float(report[2]), by_clock=bool(report[4]))
+    return Waves(
+        wave,
+        group,
+        degree,
+        static_ms=float(report[0]),
+        adaptive_ms=float(report[1]),
+        by_clock=bool(report[2]),
+        exact=bool(report[3]),
+    )
 
 
 def build() -> None:

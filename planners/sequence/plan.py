@@ -43,8 +43,8 @@ def plan_step(
 ) -> StepPlan:
     """Micro-batches of groups for one step over ``lengths`` (tokens), on ``num_slots`` devices.
 
-    The same arguments give the same plan, on every machine that is fast enough for ``time_limit_s`` (where the clock
-    cut the search short, the plan's reasons say so); the default limit grows with the devices. With ``certify_s`` that
+    The same arguments give the same plan, on every machine that is fast enough for ``time_limit_s`` of processor time
+    (where the clock cut the search short, the plan's reasons say so); the default limit grows with the devices. With ``certify_s`` that
     many seconds more go into a stronger bound. ``build=False`` never compiles: in a job, which has what was built
     before it. Without the native library the plan is made in Python, and is longer.
 
@@ -58,13 +58,16 @@ def plan_step(
     problem = StepProblem.of(lengths, num_slots=num_slots, cost=cost)
     if time_limit_s is None:
         time_limit_s = default_time_limit_s(num_slots, solver)
-    found, reasons = _search(problem, start, time_limit_s, seed=seed, solver=solver, build=build)
+    found, reasons = _search(problem, time_limit_s, seed=seed, solver=solver, build=build)
     batches = assemble(problem, found)
     chosen: Schedule = "lock-step"
     if schedule != "lock-step":
         batches, chosen = _without_barriers(problem, batches, wanted=schedule)
     estimated_ms = step_ms(batches, num_slots=num_slots, schedule=chosen)
-    bound_ms, proof = _bound(problem, batches, chosen, estimated_ms, certify_s)
+    if found.exact and chosen == "lock-step":
+        bound_ms, proof = estimated_ms, "bound: every plan was looked at"
+    else:
+        bound_ms, proof = _bound(problem, batches, chosen, estimated_ms, certify_s)
     return StepPlan(
         microbatches=batches,
         num_slots=num_slots,
@@ -134,10 +137,10 @@ def _waves(problem: StepProblem, batches: Iterable[MicroBatch]) -> Iterable[tupl
 
 
 def _search(
-    problem: StepProblem, start: float, limit_s: float, *, seed: int, solver: Solver, build: bool
+    problem: StepProblem, limit_s: float, *, seed: int, solver: Solver, build: bool
 ) -> tuple[Waves, list[str]]:
-    left_s = limit_s - (time.perf_counter() - start) - _ASSEMBLY_S_PER_SEQUENCE * len(problem.lengths)
-    milliseconds = 1e3 * max(left_s, 0.0)
+    seconds = max(limit_s - _ASSEMBLY_S_PER_SEQUENCE * len(problem.lengths), 0.0)
+    milliseconds = 1e3 * seconds
     if solver == "native":
         try:
             found = native.search(problem, milliseconds=milliseconds, seed=seed, build=build)
@@ -151,7 +154,7 @@ def _search(
     if solver == "milp":
         from . import milp
 
-        return milp.search(problem, seconds=max(left_s, 0.0))
+        return milp.search(problem, seconds=seconds)
     return waves.search(problem, milliseconds=milliseconds), ["planned in Python, as asked"]
 
 

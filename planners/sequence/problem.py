@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.core.errors import InfeasibleError, Problem, raise_if
+from distrain.core.errors import ConfigError, InfeasibleError, Problem, raise_if
 
 from .cost import SequenceCost
 
@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _SHOWN = 5
+_MOST_SLOTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class StepProblem:
             ConfigError: there is nothing to plan, or a number is none; lists every problem.
             InfeasibleError: a sequence is longer than all memory together.
         """
+        raise_if(list(problems(lengths, num_slots=num_slots)))
         given = np.asarray(lengths, dtype=np.float64)
-        raise_if(list(_problems(given, num_slots)))
         degrees = cost.degrees(num_slots)
         order = np.argsort(-given, kind="stable")
         problem = cls(num_slots, cost, degrees, order, given[order])
@@ -50,6 +51,14 @@ class StepProblem:
                 got=f"sequence {order[0]} of {problem.lengths[0]:.0f} tokens",
                 allowed=f"{most} tokens, {cost.tokens_per_gpu} on each of {degrees[-1]} devices",
                 hint="more devices, more tokens_per_gpu, or leave it out",
+            )
+        with np.errstate(over="ignore"):
+            most_ms = (float(problem.times.max()) + cost.beta1) * len(order) * num_slots
+        if not math.isfinite(most_ms):
+            raise ConfigError(
+                "the cost model gives times that no number can hold",
+                got=f"{problem.times.max():g} ms for a sequence of {problem.lengths[0]:g} tokens",
+                hint="smaller alpha1, alpha2, beta1, or more GB/s",
             )
         return problem
 
@@ -66,8 +75,12 @@ class StepProblem:
     @cached_property
     def areas(self) -> Floats:
         """The least that each sequence can cost in slots times milliseconds (K)."""
+        return self._least(self.times * np.array(self.degrees))
+
+    def _least(self, values: Floats) -> Floats:
+        """Of each sequence at the degrees at which it fits (K)."""
         fits = self.lengths[:, None] <= self.capacities
-        return np.where(fits, self.times * np.array(self.degrees), np.inf).min(axis=1)  # type: ignore[no-any-return]
+        return np.where(fits, values, np.inf).min(axis=1)  # type: ignore[no-any-return]
 
     @property
     def least_waves(self) -> int:
@@ -77,19 +90,27 @@ class StepProblem:
 
     @property
     def area_bound_ms(self) -> float:
-        """No lock-step plan is faster: its work spread evenly, and its micro-batches' fixed costs."""
-        return float(self.areas.sum()) / self.num_slots + self.cost.beta1 * self.least_waves
+        """No lock-step plan is faster: its work spread evenly, or its slowest sequence on as many slots as it likes,
+        and the fixed costs of its micro-batches."""
+        spread_ms = float(self.areas.sum()) / self.num_slots
+        return max(spread_ms, float(self._least(self.times).max())) + self.cost.beta1 * self.least_waves
 
 
-def _problems(lengths: Floats, num_slots: int) -> Iterator[Problem]:
-    if num_slots < 1:
-        yield Problem("there is no device to plan for", f"{num_slots} slots", "1 or more")
-    if lengths.size == 0:
+def problems(lengths: Sequence[int], *, num_slots: int) -> Iterator[Problem]:
+    """Why there is nothing to plan, whatever it costs."""
+    if not 1 <= num_slots <= _MOST_SLOTS:
+        yield Problem("this is no number of devices to plan for", f"{num_slots} slots", f"1 to {_MOST_SLOTS}")
+    try:
+        given = np.asarray(lengths, dtype=np.float64)
+    except (OverflowError, TypeError, ValueError) as error:
+        yield Problem("lengths are not a list of whole numbers", str(error))
+        return
+    if given.size == 0:
         yield Problem("there are no sequences to plan", "no lengths", "one length or more")
-    elif lengths.ndim != 1 or not np.isfinite(lengths).all():
-        yield Problem("lengths are not a list of whole numbers", str(lengths)[:80])
-    elif (wrong := np.flatnonzero((lengths < 1) | (lengths != np.floor(lengths)))).size:
-        shown = ", ".join(f"{lengths[index]:g} (sequence {index})" for index in wrong[:_SHOWN])
+    elif given.ndim != 1 or not np.isfinite(given).all():
+        yield Problem("lengths are not a list of whole numbers", str(given)[:80])
+    elif (wrong := np.flatnonzero((given < 1) | (given != np.floor(given)))).size:
+        shown = ", ".join(f"{given[index]:g} (sequence {index})" for index in wrong[:_SHOWN])
         more = f" and {wrong.size - _SHOWN} more" if wrong.size > _SHOWN else ""
         yield Problem(
             "a sequence has no tokens", shown + more, "whole numbers, 1 or more", "leave empty sequences out"

@@ -109,10 +109,16 @@ class StepPlan:
         return "\n".join(["{", *lines, ' "microbatches": [', batches, " ]", "}"]) + "\n"
 
     def save(self, path: Path | str) -> None:
-        """Write the plan to ``path``, which has the old content or the new one at any moment."""
-        path = Path(path)
+        """Write the plan to ``path``, which has the old content or the new one at any moment.
+
+        A link stays a link; what is no file, such as a pipe, is written to as it is.
+        """
+        path = Path(path).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if path.exists() and not path.is_file():
+            path.write_text(self.to_json())
+            return
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".plan.")
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(self.to_json())

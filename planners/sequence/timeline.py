@@ -13,7 +13,6 @@ order of passes on each slot: the n-th micro-batch holds passes that come n-th o
 """
 
 import math
-import time
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from .problem import StepProblem
 from .step_plan import MicroBatch, SequenceGroup, step_ms
 
 _PARTS = (2, 3, 1, 4, 5, 6, 8, 10, 12, 16, 20, 24)  # of a step, that a pass is meant to take
+_TRIES = 64  # passes looked at for one sequence
+_S_PER_SEQUENCE = 1e-5  # of one such plan
 
 
 @dataclass(slots=True)
@@ -37,15 +38,16 @@ class _Pass:
 def asynchronous(
     problem: StepProblem, lock_step: Sequence[MicroBatch], *, seconds: float
 ) -> tuple[MicroBatch, ...]:
-    """The shortest of some plans: ``lock_step`` without its barriers, at least one more, others while time is left."""
-    deadline = time.monotonic() + seconds
-    plans = [tuple(lock_step)]
+    """The shortest of some plans: ``lock_step`` without its barriers, at least two more, others as ``seconds`` allow.
+
+    How many is reckoned, not timed: the same plan on every machine.
+    """
+    num = max(2, int(seconds / _S_PER_SEQUENCE / len(problem.lengths)))
     bound_ms = asynchronous_bound_ms(problem)
-    for parts in _PARTS:
+    plans = [tuple(lock_step)]
+    for parts in _PARTS[:num]:
         passes = _passes(problem, bound_ms / parts)
         plans.append(_levels(problem, list(_placed(problem, passes))))
-        if time.monotonic() >= deadline:
-            break
     return min(plans, key=lambda plan: step_ms(plan, num_slots=problem.num_slots, schedule="asynchronous"))
 
 
@@ -72,10 +74,11 @@ def _passes(problem: StepProblem, target_ms: float) -> list[_Pass]:
         if degree is None:
             degree = min(allowed, key=lambda each: times[each])
         fits = opened[degree]
+        first = bisect_left(fits, (length, -1))
         found = next(
             (
                 at
-                for at in range(bisect_left(fits, (length, -1)), len(fits))
+                for at in range(first, min(first + _TRIES, len(fits)))
                 if passes[fits[at][1]].ms + times[degree] <= target_ms
             ),
             None,

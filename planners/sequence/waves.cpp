@@ -4,13 +4,17 @@
 //   chunked  token-balanced contiguous waves, as FlexSP cuts them
 //   improve  annealing: sequences are exchanged between two waves, or waves are pooled, filled anew and solved
 //
-// The search ends after a given amount of work, counted in placements: the same plan on every machine. The clock is only
-// a guard. Nothing here is global; a call owns all of its state.
+// A few sequences are planned exactly (exact.hpp). Otherwise the search ends after a given amount of work, counted in
+// placements: the same plan on every machine. The clock is only a guard, and counts the thread's own time, so that other
+// work on the machine changes no plan. Nothing here is global; a call owns all of its state.
 
+#include "exact.hpp"
+#include "homogeneous.hpp"
 #include "pack.hpp"
 
-#include <chrono>
+#include <atomic>
 #include <cmath>
+#include <ctime>
 #include <iterator>
 
 namespace distrain {
@@ -19,31 +23,37 @@ namespace {
 constexpr size_t STARTS = 4;       // plans that are improved side by side
 constexpr size_t MOST_WAVES = 100000;
 constexpr int LOOK_WORK = 20000;   // placements between two looks at the clock
+constexpr double GRACE_S = 1;      // that other work on the machine may delay a search before the clock ends it
 constexpr double FINE = 4e-4, COARSE = 1e-3, POLISH = 1e-4;  // tolerances of bisections
 
-struct Plan { std::vector<Wave> waves; double ms = NEVER; };
+// Seconds since some moment: of the day, or of this thread's work.
+double now(clockid_t clock) {
+  timespec time;
+  clock_gettime(clock, &time);
+  return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
 
 class Search {
  public:
-  Search(const Problem& problem, uint64_t seed, int64_t budget, double seconds)
-      : p_(problem), packer_(problem), random_(seed), budget_(budget), deadline_(now() + seconds) {}
+  Search(const Problem& problem, Packer& packer, uint64_t seed, int64_t budget, double seconds,
+         const std::atomic<int>& stop)
+      : p_(problem), packer_(packer), random_(seed), budget_(std::max<int64_t>(1, budget - packer.work)), stop_(stop),
+        done_(packer.work), worked_until_(now(CLOCK_THREAD_CPUTIME_ID) + seconds),
+        deadline_(now(CLOCK_MONOTONIC) + seconds + GRACE_S) {}
 
   Plan run();
-  double homogeneous(Plan* best, double* fixed);
   int assign(const Plan& plan, int* wave, int* group, int* degree);
-  int64_t work() const { return packer_.work; }
   bool late() const { return late_; }
 
  private:
-  static double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-  }
+  int64_t work() const { return packer_.work - done_; }
   bool spent(double share) {       // of the work; time running out counts as all of it
-    if (packer_.work >= next_look_) {
-      next_look_ = packer_.work + LOOK_WORK;
-      late_ = late_ || now() >= deadline_;
+    if (late_ || double(work()) >= share * double(budget_)) return true;
+    if (work() >= next_look_) {
+      next_look_ = work() + LOOK_WORK;
+      late_ = stop_ || now(CLOCK_THREAD_CPUTIME_ID) >= worked_until_ || now(CLOCK_MONOTONIC) >= deadline_;
     }
-    return late_ || double(packer_.work) >= share * double(budget_);
+    return late_;
   }
   double total(const std::vector<Wave>& waves) const {
     double ms = 0;
@@ -51,7 +61,6 @@ class Search {
     return ms;
   }
   bool build(Plan& plan, double target, double preference, double stretch);
-  std::vector<Members> chunks(int num) const;
   bool chunked(Plan& plan, int num);
   void improve(Plan& best, double from, double to);
   void exchange(Plan& plan, double temperature);
@@ -60,10 +69,13 @@ class Search {
   int pick_other(int count, int first) { return (first + 1 + random_.below(count - 1)) % count; }
 
   const Problem& p_;
-  Packer packer_;
+  Packer& packer_;
   Random random_;
-  int64_t budget_, next_look_ = 0;
-  double deadline_;
+  const int64_t budget_;
+  const std::atomic<int>& stop_;
+  const int64_t done_;             // work before this search
+  int64_t next_look_ = 0;
+  const double worked_until_, deadline_;
   bool late_ = false;
 };
 
@@ -96,37 +108,9 @@ bool Search::build(Plan& plan, double target, double preference, double stretch)
   return true;
 }
 
-// Contiguous chunks of the sequences with about equal tokens, at most `num`.
-std::vector<Members> Search::chunks(int num) const {
-  double tokens = 0;
-  for (int k = 0; k < p_.num_sequences; k++) tokens += p_.length[k];
-  auto cut = [&](double most, std::vector<Members>* found) {
-    int count = 0;
-    double sum = most;
-    for (int k = 0; k < p_.num_sequences; k++) {
-      if (count == 0 || sum + p_.length[k] > most) {
-        count++, sum = 0;
-        if (found) found->emplace_back();
-      }
-      if (found) found->back().push_back(k);
-      sum += p_.length[k];
-    }
-    return count;
-  };
-  double low = std::max(p_.length[0], tokens / num), high = std::max(tokens, low);
-  for (int step = 0; step < 40 && high - low > .5; step++) {
-    double most = (low + high) / 2;
-    if (cut(most, nullptr) <= num) high = most;
-    else low = most;
-  }
-  std::vector<Members> found;
-  cut(high, &found);
-  return found;
-}
-
 bool Search::chunked(Plan& plan, int num) {
   plan.waves.clear();
-  for (Members& members : chunks(num)) {
+  for (Members& members : chunks(p_, num)) {
     Wave wave;
     wave.members = std::move(members);
     if (!packer_.solve(wave, NEVER, 1, FINE)) return false;
@@ -134,41 +118,6 @@ bool Search::chunked(Plan& plan, int num) {
   }
   plan.ms = total(plan.waves);
   return true;
-}
-
-// The best plans of one degree for all waves (its ms in `fixed`) and of one degree a wave (returned, and in `best`).
-double Search::homogeneous(Plan* best, double* fixed) {
-  double tokens = 0;
-  for (int k = 0; k < p_.num_sequences; k++) tokens += p_.length[k];
-  int least = std::max(1, int(std::ceil(tokens / p_.memory())));
-  *fixed = NEVER;
-  for (int num = least, tried = 0; tried < 3 && num <= 2 * p_.num_sequences; num += std::max(1, (num - least) / 4)) {
-    std::vector<double> sums(p_.num_degrees, 0);
-    Plan plan;
-    plan.ms = 0;
-    for (Members& members : chunks(num)) {
-      Wave wave;
-      for (int i = 0; i < p_.num_degrees; i++) {
-        Wave other;
-        other.members = members;
-        // Only degrees that hold the longest sequence can be the one degree of all waves.
-        bool all = i >= p_.least[0] && sums[i] < *fixed;
-        double limit = all || wave.members.empty() ? NEVER : wave.ms;
-        if (!packer_.single(other, i, limit)) { sums[i] = NEVER; continue; }
-        sums[i] += other.ms + p_.beta;
-        if (wave.members.empty() || other.ms < wave.ms) wave = std::move(other);
-      }
-      if (wave.members.empty()) { plan.ms = NEVER; break; }
-      plan.ms += wave.ms + p_.beta;
-      plan.waves.push_back(std::move(wave));
-    }
-    if (plan.ms < best->ms) *best = plan;
-    bool all = false;
-    for (int i = p_.least[0]; i < p_.num_degrees; i++)
-      if (plan.ms < NEVER && sums[i] < NEVER) *fixed = std::min(*fixed, sums[i]), all = true;
-    tried += all || (tried > 0);
-  }
-  return best->ms;
 }
 
 // Keeps the best plan of each number of waves, and of those the best few.
@@ -289,7 +238,7 @@ void Search::improve(Plan& best, double from, double to) {
   double first = 5e-3 * best.ms / double(best.waves.size());
   while (!spent(to)) {
     packer_.work += PACK_WORK;
-    double done = (double(packer_.work) / double(budget_) - from) / (to - from);
+    double done = (double(work()) / double(budget_) - from) / (to - from);
     double temperature = first * std::max(0.0, 1 - done);
     if (plan.waves.size() > 1 && random_.chance(.5)) exchange(plan, temperature);
     else refill(plan, temperature);
@@ -318,7 +267,7 @@ Plan Search::run() {
     if (chunked(plan, num)) offer(starts, std::move(plan)), found++;
   }
   if (starts.empty()) return {};
-  double done = double(packer_.work) / double(budget_), share = done < 1 && starts.size() > 1 ? .4 * (1 - done) : 0;
+  double done = double(work()) / double(budget_), share = done < 1 && starts.size() > 1 ? .4 * (1 - done) : 0;
   bool several = double(budget_) > 5e5 * (1 + p_.num_sequences / 512);
   if (several)
     for (size_t x = 0; x < starts.size(); x++)
@@ -328,7 +277,7 @@ Plan Search::run() {
   for (Wave& wave : best.waves) {
     Wave polished;
     polished.members = wave.members;
-    if (!late_ && packer_.solve(polished, wave.ms * (1 - 1e-6), 4, POLISH)) wave = std::move(polished);
+    if (!late_ && double(work()) < 1.1 * double(budget_) && packer_.solve(polished, wave.ms * (1 - 1e-6), 4, POLISH)) wave = std::move(polished);
   }
   best.ms = total(best.waves);
   return best;
@@ -351,24 +300,27 @@ int Search::assign(const Plan& plan, int* wave, int* group, int* degree) {
 }  // namespace
 }  // namespace distrain
 
-// Plans `num_sequences` sequences of descending length. `report` receives the ms of the plan, of the best plan of one
-// degree, of the best plan of one degree a wave, the work done, and whether the clock ended the search. 0, or -1 if no
-// plan was found.
+// Plans `num_sequences` sequences of descending length. `report` receives the ms of the best plan of one degree, and of
+// the best of one degree a wave; whether the clock ended the search; and whether every plan was looked at. The search
+// ends soon after `stop` is set. 0, or -1 if no plan was found.
 extern "C" int distrain_plan_waves(int num_slots, int num_degrees, const int* degrees, const double* capacity,
                                    double beta, int num_sequences, const double* lengths, const double* times,
-                                   int64_t budget, double seconds, uint64_t seed, int* wave, int* group, int* degree,
-                                   double* report) {
+                                   int64_t budget, double seconds, uint64_t seed, const std::atomic<int>* stop,
+                                   int* wave, int* group, int* degree, double* report) {
   using namespace distrain;
   Problem problem{num_slots, num_degrees, num_sequences, degrees, capacity, beta, lengths, times, {}, {}, {}};
   if (!problem.prepare()) return -1;
-  Plan floor;
-  double fixed;
-  Search baseline(problem, seed, 1, NEVER);
-  double adaptive = baseline.homogeneous(&floor, &fixed);
-  Search search(problem, seed, std::max<int64_t>(1, budget - baseline.work()), seconds);
+  Packer packer(problem);
+  Homogeneous homogeneous(problem, packer, budget / 10);
+  Plan fixed = homogeneous.fixed(), floor = homogeneous.adaptive(fixed);
+  report[0] = fixed.ms, report[1] = floor.ms;
+  if (num_sequences <= Exact::MOST && Exact::work(num_sequences) <= budget / 2) {
+    report[3] = 1;
+    return Exact(problem).solve(wave, group, degree) < NEVER ? 0 : -1;
+  }
+  Search search(problem, packer, seed, budget, seconds, *stop);
   Plan plan = search.run();
   if (floor.ms < plan.ms) plan = std::move(floor);
-  report[0] = plan.ms, report[1] = fixed, report[2] = adaptive;
-  report[3] = double(search.work() + baseline.work()), report[4] = search.late();
+  report[2] = search.late();
   return plan.waves.empty() ? -1 : search.assign(plan, wave, group, degree);
 }

@@ -6,10 +6,10 @@ tried, and the waves of one degree, of which the best is kept.
 """
 
 import math
-import time
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from .native import Waves
 from .problem import StepProblem
 
 _TARGETS = (1.1, 0.8, 1.6, 0.6, 2.2, 1.4, 0.9)  # of the mean duration of a wave
+_BUILD_MS_PER_SEQUENCE = 0.03
 _STEPS = 10  # of a bisection
-_CHUNKINGS = 3  # into numbers of waves from the first that works
+_CAPS = (1.1, 1.35, 1.6, 1.2)  # of the mean duration of a wave of one degree
+_CHUNKINGS = 3  # into numbers of waves from the least on
 _TRIES = 24  # groups looked at for one sequence
 
 
@@ -34,15 +36,11 @@ class Wave:
 
 
 def search(problem: StepProblem, *, milliseconds: float) -> Waves:
-    """The best of a few plans; at least two are made, however long that takes."""
-    deadline = time.monotonic() + milliseconds / 1e3
+    """The best of a few plans: at least two, and as many more as a processor of the last years makes in the time."""
     packer = Packer(problem)
     static_ms, adaptive = packer.homogeneous()
-    plans = [adaptive]
-    for target in _TARGETS:
-        plans.append(packer.build(target * packer.mean_ms))
-        if time.monotonic() >= deadline:
-            break
+    num = max(2, int(milliseconds / _BUILD_MS_PER_SEQUENCE / len(problem.lengths)))
+    plans = [adaptive, *(packer.build(target * packer.mean_ms) for target in _TARGETS[:num])]
     best = min(plans, key=packer.total)
     return packer.placed(best, static_ms=static_ms, adaptive=adaptive)
 
@@ -137,46 +135,50 @@ class Packer:
                 best = wave
         return best
 
-    def build(self, target_ms: float) -> list[Wave]:
-        """Waves of about ``target_ms``, the longest sequences first."""
+    def build(self, target_ms: float, *, only: int | None = None) -> list[Wave]:
+        """Waves of about ``target_ms``, the longest sequences first; ``only`` restricts them to one degree."""
         pool, waves = list(range(len(self.lengths))), []
         while pool:
-            first = [self.times[pool[0]][i] for i in range(self.least[pool[0]], len(self.degrees))]
+            times = self.times[pool[0]]
+            first = times[self.least[pool[0]] :] if only is None else [times[only]]
             cap_ms = max(target_ms, min(first))
             rest: list[int] = []
-            wave = self.pack(pool, cap_ms, rest=rest)
+            wave = self.pack(pool, cap_ms, only=only, rest=rest)
             if wave is None or not wave.members:
                 raise AssertionError("a wave takes at least its longest sequence")
-            last = None if rest else self.shortest(pool)
+            last = None if rest else self.shortest(pool, only=only)
             waves.append(last if last is not None and last.ms < wave.ms else wave)
             pool = rest
         return waves
 
     def homogeneous(self) -> tuple[float, list[Wave]]:
         """Best ms with one degree for all waves, and the waves of the best plan with one degree a wave."""
-        static_ms = math.inf
-        best: list[Wave] = []
-        tried = 0
-        for chunks in self._chunkings():
-            sums = [0.0] * len(self.degrees)
+        fixed = min((self._fixed(only) for only in range(self.least[0], len(self.degrees))), key=self.total)
+        best = [self._narrowed(wave) for wave in fixed]
+        for chunks in islice(self._chunkings(), _CHUNKINGS):
             waves: list[Wave] = []
             for members in chunks:
                 found = [self.shortest(members, only=only) for only in range(len(self.degrees))]
-                sums = [
-                    total + (math.inf if wave is None else wave.ms + self.beta1)
-                    for total, wave in zip(sums, found, strict=True)
-                ]
                 fitting = [wave for wave in found if wave is not None]
                 if not fitting:
                     break
                 waves.append(min(fitting, key=lambda wave: wave.ms))
-            if len(waves) == len(chunks) and (not best or self.total(waves) < self.total(best)):
-                best = waves
-            static_ms = min([static_ms, *sums[self.least[0] :]])
-            tried += math.isfinite(static_ms)
-            if tried == _CHUNKINGS:
-                break
-        return static_ms, best
+            if len(waves) == len(chunks):
+                best = min(best, waves, key=self.total)
+        return self.total(fixed), best
+
+    def _fixed(self, only: int) -> list[Wave]:
+        """The best of some plans with one degree for all waves."""
+        num_groups = self.num_slots // self.degrees[only]
+        spread_ms = sum(row[only] for row in self.times) / num_groups
+        least = max(1, math.ceil(sum(self.lengths) / (num_groups * self.capacities[only])))
+        return min((self.build(cap * spread_ms / least, only=only) for cap in _CAPS), key=self.total)
+
+    def _narrowed(self, wave: Wave) -> Wave:
+        """The wave with groups of the one degree that suits it best."""
+        members = sorted(wave.members)
+        found = [self.shortest(members, only=only) for only in range(len(self.degrees))]
+        return min([wave, *(each for each in found if each is not None)], key=lambda each: each.ms)
 
     def _chunkings(self) -> Iterator[list[list[int]]]:
         """Contiguous parts of about equal tokens, in more and more parts until every sequence has its own."""

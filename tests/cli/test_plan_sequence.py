@@ -83,6 +83,8 @@ def test_a_schedule_can_be_asked_for(batch: Path, capsys: pytest.CaptureFixture[
         ("", 3, "no sequences to plan"),
         ("12\n0\n", 3, "has no tokens"),
         ("12\nlong\n\n3.5\n", 3, "no lengths"),
+        ("12\n--5\n", 3, "no lengths"),
+        (f"12\n{'9' * 5000}\n", 3, "no lengths"),
         ("12\n500000\n", 4, "does not fit the memory"),
     ],
 )
@@ -99,12 +101,43 @@ def test_what_cannot_be_planned_is_one_clear_refusal(
     assert "got: " in captured.err
 
 
+def test_all_mistakes_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths, cost = tmp_path / "lengths.txt", tmp_path / "cost.toml"
+    lengths.write_text("12\n0\n")
+    cost.write_text(load_cost("7b").to_toml().replace("layers = 32", "layers = 0"))
+    arguments = ["--lengths", str(lengths), "--gpus", "0", "--cost", str(cost)]
+    arguments += ["-o", str(lengths / "plan.json"), "--plot", str(tmp_path / "none" / "plot.text")]
+    assert main(["plan", "sequence", *arguments]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 6
+    for part in ("layers = 0", "0 slots", "0 (sequence 1)", "plan.json", "by the ending", "none/plot.text"):
+        assert part in captured.err
+    lengths.write_text("12\nlong\n")
+    assert main(["plan", "sequence", *arguments]) == 3
+    assert "'long' (line 2)" in capsys.readouterr().err
+
+
+def test_a_list_of_windows_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_bytes(b"\xef\xbb\xbf12\r\n 30\r\n\r\n")
+    assert plan(path, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert sorted(
+        each for groups in data["microbatches"] for group in groups for each in group["sequences"]
+    ) == [
+        0,
+        1,
+    ]
+
+
 def test_other_mistakes_end_with_3(batch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(tmp_path / "nowhere.txt") == 3
     assert main(["plan", "sequence", "--lengths", str(batch), "--gpus", "64", "--cost", "70b"]) == 3
     assert main(["plan", "sequence", "--lengths", str(batch), "--gpus", "0", "--cost", "7b"]) == 3
     assert plan(batch, "-o", str(batch / "plan.json")) == 3
-    assert plan(batch, "--plot", str(tmp_path / "plan.txt")) == 3
+    assert plan(batch, "-o", str(tmp_path / ("long" * 80))) == 3
+    for name in ("plan.txt", "plan", "."):
+        assert plan(batch, "--plot", str(tmp_path / name)) == 3
     assert plan(batch, "--solver", "magic") == 2
     assert "Traceback" not in capsys.readouterr().err
 

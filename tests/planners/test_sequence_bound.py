@@ -5,7 +5,7 @@ import pytest
 from benchmarks.sequence_exhaustive import best_plan_ms, best_wave_ms
 from benchmarks.sequence_lengths import draw
 from benchmarks.sequence_planner import tiny
-from distrain.planners.sequence import load_cost, plan_step
+from distrain.planners.sequence import SequenceCost, load_cost, plan_step
 from distrain.planners.sequence import milp as flexsp
 from distrain.planners.sequence.bound import certify
 from distrain.planners.sequence.buckets import buckets, enough_buckets
@@ -52,6 +52,23 @@ def test_a_certificate_proves_more_than_the_area() -> None:
     proven = plan_step(lengths, num_slots=16, cost=cost, certify_s=4.0)
     assert plain.lower_bound_ms * 1.05 < proven.lower_bound_ms <= proven.estimated_ms
     assert "column generation" in proven.reasons[-1]
+
+
+def test_waves_that_take_no_time_are_bounded_all_the_same() -> None:
+    cost = SequenceCost(
+        alpha1=0.0,
+        alpha2=0.0,
+        beta1=0.0,
+        layers=1,
+        hidden=64,
+        tokens_per_gpu=1000,
+        bandwidth_gb_s={2: 49.0, 4: 137.0},
+    )
+    lengths = [2000, 333]
+    best_ms = best_plan_ms(lengths, num_slots=5, cost=cost)
+    problem = StepProblem.of(lengths, num_slots=5, cost=cost)
+    found = certify(problem, estimated_ms=1.2 * best_ms, num_waves=1, seconds=1.0)
+    assert problem.area_bound_ms * (1 - 1e-9) <= found.bound_ms <= best_ms * (1 + 1e-6)
 
 
 def test_only_a_proof_makes_a_plan_optimal() -> None:

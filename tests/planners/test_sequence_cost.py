@@ -68,6 +68,37 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("alpha1 = 1e301", "alpha1 is no time"),
+        (f"alpha1 = 1{'0' * 400}", "alpha1 is no time"),
+        (f"hidden = 1{'0' * 400}", "hidden is no count"),
+        (f"tokens_per_gpu = {2**53 + 1}", "tokens_per_gpu is no count"),
+        ("02 = 1.0", "no degree"),
+        (f"1{'0' * 30} = 1.0", "no degree"),
+        (f"2 = 1{'0' * 400}", "not positive"),
+        (f"alpha1 = 1{'0' * 5000}", "cannot be read"),
+    ],
+)
+def test_numbers_beyond_reckoning_are_refused(wrong: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cost.toml"
+    key = wrong.split()[0]
+    good = load_cost("7b").to_toml()
+    lines = [line for line in good.splitlines() if line.split(" ")[0] != key]
+    at = len(lines) if key.isdecimal() else 0
+    path.write_text("\n".join([*lines[:at], wrong, *lines[at:]]))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_cost(path)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_file_of_windows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "cost.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + load_cost("7b").to_toml().replace("\n", "\r\n").encode())
+    assert load_cost(path) == load_cost("7b")
+
+
 def test_a_name_that_is_nothing_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         load_cost("7B")

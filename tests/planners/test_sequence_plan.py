@@ -1,5 +1,7 @@
 """Plans of every planner: valid, no longer than one degree for all, repeatable; refusals where there is none."""
 
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from benchmarks.sequence_exhaustive import best_plan_ms
 from benchmarks.sequence_lengths import draw
 from benchmarks.sequence_planner import tiny
-from distrain.core.errors import ConfigError, InfeasibleError
+from distrain.core.errors import ConfigError, InfeasibleError, UndecidedError
 from distrain.planners.sequence import SequenceCost, StepPlan, check_plan, load_cost, plan_step
 from distrain.planners.sequence.homogeneous import homogeneous
 from distrain.planners.sequence.plan import Solver, Wanted, default_time_limit_s
@@ -44,17 +46,43 @@ def test_any_number_of_devices_is_planned_for(num_slots: int, solver: Solver) ->
     checked(lengths, num_slots, cost, plan_step(lengths, num_slots=num_slots, cost=cost, solver=solver))
 
 
-@pytest.mark.parametrize("solver", ["native", "python"])
-def test_plans_come_close_to_the_best_there_is(solver: Solver) -> None:
+TIGHT = (82, 167, 389)  # full to the last token: 3 % to 69 % above the best for a search by best-fit
+
+
+def test_few_sequences_are_planned_exactly_and_so_is_the_bound() -> None:
+    for seed in (*range(25), *TIGHT):
+        lengths, num_slots, cost = tiny(seed)
+        plan = checked(lengths, num_slots, cost, plan_step(lengths, num_slots=num_slots, cost=cost))
+        assert plan.estimated_ms == pytest.approx(best_plan_ms(lengths, num_slots=num_slots, cost=cost))
+        assert (plan.status, plan.gap) == ("optimal", 0.0)
+
+
+@pytest.mark.parametrize(("solver", "most"), [("native", 1.02), ("python", 1.1)])
+def test_searches_come_close_to_the_best_there_is(solver: Solver, most: float) -> None:
     ratios = []
     for seed in range(40):
         lengths, num_slots, cost = tiny(seed)
         best_ms = best_plan_ms(lengths, num_slots=num_slots, cost=cost)
-        plan = plan_step(lengths, num_slots=num_slots, cost=cost, time_limit_s=0.02, solver=solver)
+        plan = plan_step(lengths, num_slots=num_slots, cost=cost, time_limit_s=0.0, solver=solver)
         assert check_plan(plan, lengths, cost) == []
         ratios.append(plan.estimated_ms / best_ms)
     assert min(ratios) >= 1 - 1e-9
-    assert sum(ratios) / len(ratios) < {"native": 1.005, "python": 1.1}[solver]
+    assert sum(ratios) / len(ratios) < most
+
+
+@pytest.mark.parametrize("solver", ["native", "python"])
+def test_the_baseline_is_the_best_single_degree_there_is(solver: Solver) -> None:
+    for seed in range(40):
+        lengths, num_slots, cost = tiny(seed)
+        one_degree = replace(cost, bandwidth_gb_s={}, tokens_per_gpu=max(lengths))
+        plan = plan_step(lengths, num_slots=num_slots, cost=one_degree, solver=solver)
+        best_ms = best_plan_ms(lengths, num_slots=num_slots, cost=one_degree)
+        assert plan.baselines["static"] == pytest.approx(best_ms, rel=0.02), seed
+
+
+def test_a_giant_bounds_the_step_by_itself() -> None:
+    plan = plan_step([190_000, *[300] * 60], num_slots=64, cost=COST)
+    assert plan.lower_bound_ms >= min(COST.group_ms([190_000], degree) for degree in (32, 64))
 
 
 def test_the_search_is_worth_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +107,44 @@ def test_the_same_seed_makes_the_same_plan_and_another_seed_need_not(monkeypatch
     assert one.microbatches == again.microbatches != other.microbatches
 
 
-def test_what_the_clock_cut_short_says_so() -> None:
-    plan = plan_step(draw("bimodal", 3), num_slots=64, cost=COST, time_limit_s=0.0)
-    assert check_plan(plan, draw("bimodal", 3), COST) == []
-    assert any("the clock ended the search" in reason for reason in plan.reasons)
+def test_what_the_clock_cut_short_says_so_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = draw("bimodal", 3)
+    at_once = plan_step(lengths, num_slots=64, cost=COST, time_limit_s=0.0)
+    monkeypatch.setattr(
+        "distrain.planners.sequence.native.placements", lambda milliseconds, num_slots: 10**15
+    )
+    cut = plan_step(lengths, num_slots=64, cost=COST, time_limit_s=0.05)
+    for plan, by_clock in ((at_once, False), (cut, True)):
+        assert check_plan(plan, lengths, COST) == []
+        assert any("the clock ended the search" in reason for reason in plan.reasons) == by_clock
+
+
+def test_what_else_happens_to_the_machine_changes_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_ms, ticks = [], iter(range(1, 100))
+
+    def placements(milliseconds: float, num_slots: int) -> int:
+        asked_ms.append(milliseconds)
+        return 100_000
+
+    monkeypatch.setattr("distrain.planners.sequence.native.placements", placements)
+    lengths = draw("log-normal", 5)
+    plan = plan_step(lengths, num_slots=64, cost=COST)
+    # A clock that goes on for milliseconds whenever it is looked at: the machine does something else.
+    monkeypatch.setattr("time.perf_counter", lambda: 5e-3 * next(ticks))
+    again = plan_step(lengths, num_slots=64, cost=COST)
+    assert asked_ms[0] == asked_ms[1] > 0
+    if not any("clock" in reason for reason in (*plan.reasons, *again.reasons)):
+        assert plan.microbatches == again.microbatches
+
+
+def test_an_interrupt_ends_a_long_search() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        plan_step(draw("log-normal", 5), num_slots=64, cost=COST, time_limit_s=1e4)
+    timer.join()
 
 
 def test_no_compiler_means_a_plan_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,12 +190,31 @@ def test_what_cannot_be_planned_is_refused_once_and_clearly() -> None:
         ([], "no sequences"),
         ([3, 0, 4, -1], "has no tokens"),
         ([float("nan")], "whole numbers"),
+        ([10**400], "whole numbers"),
+        (["long"], "whole numbers"),
     ):
         with pytest.raises(ConfigError) as caught:
             plan_step(lengths, num_slots=4, cost=COST)  # type: ignore[arg-type]
         assert message in str(caught.value)
-    with pytest.raises(ConfigError, match="no device"):
-        plan_step([1], num_slots=0, cost=COST)
+    for num_slots in (-1, 0, 10**10, 10**30):
+        with pytest.raises(ConfigError, match="no number of devices"):
+            plan_step([1], num_slots=num_slots, cost=COST)
+    with pytest.raises(ConfigError, match="no number can hold"):
+        plan_step([1000] * 20, num_slots=64, cost=replace(COST, alpha1=1e300))
+
+
+def test_programs_stop_soon_after_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distrain.planners.sequence import milp
+
+    tried: list[Sequence[int]] = []
+
+    def counted(problem: object, members: Sequence[int], **_: object) -> None:
+        tried.append(members)
+        raise UndecidedError("no time")
+
+    monkeypatch.setattr(milp, "wave", counted)
+    plan_step([5000] * 40, num_slots=8, cost=COST, solver="milp", time_limit_s=0.0)
+    assert len(tried) == 1
 
 
 def test_costs_of_zero_are_no_trouble() -> None:

@@ -1,6 +1,7 @@
 """The plan of a step as a thing of its own: written, read, replayed, and convicted of every mistake."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     }
     assert data["baselines"] == {"static": 400.0, "batch_adaptive": 300.0}
     assert [each.name for each in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    link, target, pipe = (tmp_path / name for name in ("link", "plan.json", "pipe"))
+    link.symlink_to(target)
+    plan().save(link)
+    assert link.is_symlink()
+    assert StepPlan.load(target) == plan()
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    plan().save(pipe)
+    assert StepPlan.from_json(os.read(end, 1 << 16).decode()) == plan()
+    os.close(end)
+    assert pipe.is_fifo()
 
 
 def test_a_good_plan_has_no_problems() -> None:
