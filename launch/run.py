@@ -98,7 +98,15 @@ def run_node(
         stack.callback(err.flush)
         arrived = stack.enter_context(Signals())
         if holds_keeper:
-            stack.enter_context(keeper_at(environ, seat, members=meeting.members, arrived=arrived))
+            stack.enter_context(
+                keeper_at(
+                    environ,
+                    seat,
+                    members=meeting.members,
+                    arrived=arrived,
+                    is_stranded=lambda: 0 in others.lost,
+                )
+            )
         store = stack.enter_context(_serving(meeting.store)) if meeting.store else None
         ranks = Ranks(options, seat, folder=folder, out=out, err=err, environ=environ)
         stack.callback(ranks.close)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from distrain.core.errors import ConfigError
@@ -44,11 +44,17 @@ def with_keeper(environ: Mapping[str, str], seat: Seat) -> Mapping[str, str]:
 
 @contextmanager
 def keeper_at(
-    environ: Mapping[str, str], seat: Seat, *, members: socket.socket | None, arrived: Signals
+    environ: Mapping[str, str],
+    seat: Seat,
+    *,
+    members: socket.socket | None,
+    arrived: Signals,
+    is_stranded: Callable[[], bool],
 ) -> Iterator[None]:
     """Start this node's keeper when it is asked for; at the end wait for its last writes, or for a signal.
 
     ``environ`` is what ``with_keeper`` gives; ``members`` is where node 0's keeper listens to those of other nodes.
+    ``is_stranded`` is asked at the end: a keeper without node 0, for which it would wait, is told not to.
     """
     with ExitStack() as stack:
         if members:
@@ -69,7 +75,7 @@ def keeper_at(
         try:
             yield
         finally:
-            starter.finish(arrived)
+            starter.finish(arrived, is_stranded=is_stranded())
 
 
 class _Starter:
@@ -83,13 +89,15 @@ class _Starter:
         self._thread = threading.Thread(target=self._run, name="distrain-keeper-starter", daemon=True)
         self._thread.start()
 
-    def finish(self, arrived: Signals) -> None:
+    def finish(self, arrived: Signals, *, is_stranded: bool) -> None:
         """Start no more; wait until the keeper has written everything, unless a signal comes."""
         os.close(self._wake)
         self._thread.join()
         os.close(self._lease)
         if self._keeper is None or self._keeper.poll() is not None:
             return
+        if is_stranded:
+            self._keeper.terminate()
         pidfd = os.pidfd_open(self._keeper.pid)
         poll = select.poll()
         for fd in (pidfd, arrived.fileno()):

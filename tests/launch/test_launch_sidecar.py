@@ -3,21 +3,29 @@
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distrain.launch import sidecar
+from distrain.launch.signals import Signals
 from helpers.keepers import ROOT, alive, committed, is_saved, until
 
 pytestmark = pytest.mark.processes
 Launch = Callable[..., Any]
 Script = Callable[[str], str]
+Until = Callable[[Callable[[], object], str], None]
 
 SAVE = f"""
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
+from distrain.launch import sidecar
+from distrain.launch.signals import Signals
 from helpers.keepers import Keepers, config_of, local
 folder, world = Path(sys.argv[1]), int(os.environ['WORLD_SIZE'])
 node, nodes = int(os.environ['GROUP_RANK']), int(os.environ['GROUP_WORLD_SIZE'])
@@ -89,6 +97,8 @@ def test_a_killed_keeper_is_started_again_by_the_launcher(
     again = """
 pid = me.client.status()['pid']
 os.kill(pid, signal.SIGKILL)
+from distrain.launch import sidecar
+from distrain.launch.signals import Signals
 from helpers.keepers import until
 from distrain.core.sidecar_client import KeeperLost
 def other():
@@ -126,3 +136,25 @@ def test_a_runtime_folder_that_cannot_be_trusted_costs_the_keeper_and_not_the_jo
     job = launch(script("print('works')"), env={"XDG_RUNTIME_DIR": str(runtime.parent)})
     assert job.wait() == 0
     assert b"works" in job.out and "ranks will have no keeper" in job.err
+
+
+class Waiting:
+    """Of a node's home, what starts a keeper: one that waits for another node until it is told not to."""
+
+    keeper: "subprocess.Popen[bytes]"
+
+    def start(self, listener: socket.socket, *, tcp: socket.socket | None, lease: int) -> Any:
+        self.keeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        return self.keeper
+
+
+def test_a_keeper_is_not_waited_for_that_waits_for_a_node_that_is_lost(until: Until) -> None:
+    """The next launch can begin; whatever only the lost node's keeper could have had written is lost with it."""
+    home: Any = Waiting()
+    with socket.create_server(("127.0.0.1", 0)) as listener, Signals() as arrived:
+        starter = sidecar._Starter(home, [listener], with_members=False)
+        with socket.create_connection(listener.getsockname()):
+            until(lambda: hasattr(home, "keeper"), "a keeper")
+            starter.finish(arrived, is_stranded=True)
+        starter.close()
+    assert home.keeper.wait() == -signal.SIGTERM
