@@ -78,8 +78,8 @@ def task_of(length: int) -> ActivationTask:
     groups = (
         TensorGroup("input", unit, None),
         TensorGroup("attention", unit, None),
-        TensorGroup("before attention", 4 * unit, 3 * linear / ACHIEVED_FLOPS),
-        TensorGroup("after attention", 10 * unit, 5 * linear / ACHIEVED_FLOPS),
+        TensorGroup("before_attention", 4 * unit, 3 * linear / ACHIEVED_FLOPS),
+        TensorGroup("after_attention", 10 * unit, 5 * linear / ACHIEVED_FLOPS),
     )
     return ActivationTask(
         groups=groups,

@@ -145,14 +145,13 @@ class ActivationPlan:
     ) -> "ActivationPlan":
         """The plan in which layer l keeps ``kept[l][g]`` and swaps ``swapped[l][g]`` tokens of ``groups[g]``.
 
-        Groups are named as the fields of ``LayerPlan``, with spaces.
+        Groups are named as the fields of ``LayerPlan``.
         """
-        names = [group.replace(" ", "_") for group in groups]
         layers = tuple(
             LayerPlan(
                 **{
                     name: Split(keep=keep, swap=swap, recompute=num_tokens - keep - swap)
-                    for name, keep, swap in zip(names, *rows, strict=True)
+                    for name, keep, swap in zip(groups, *rows, strict=True)
                 }
             )
             for rows in zip(kept, swapped, strict=True)
@@ -162,10 +161,10 @@ class ActivationPlan:
 
 def snap(num_tokens: int, *, keep: float = 0.0, swap: float = 0.0) -> Split:
     """The allowed cut below shares ``keep`` and ``swap`` of ``num_tokens``; the rest is recomputed."""
-    end = num_tokens if keep + swap > 1 - 1e-9 else _down((keep + swap) * num_tokens)
+    end = num_tokens if keep + swap > 1 - 1e-9 else rounded_down((keep + swap) * num_tokens)
     if 0 < num_tokens - end < min(TOKENS, num_tokens):
         end = max(end - TOKENS, 0)
-    start = end if swap < 1e-9 else min(_down(keep * num_tokens), end)
+    start = end if swap < 1e-9 else min(rounded_down(keep * num_tokens), end)
     return Split(keep=start, swap=end - start, recompute=num_tokens - end)
 
 
@@ -190,7 +189,8 @@ def uniform(mode: str, *, num_layers: int, num_tokens: int, alpha: float = 1.0) 
     return ActivationPlan(layers=(layers[mode],) * (num_layers - num_kept) + (kept,) * num_kept)
 
 
-def _down(tokens: float) -> int:
+def rounded_down(tokens: float) -> int:
+    """To a cut that is allowed; what misses one by rounding is taken for it."""
     return int(tokens / TOKENS + 1e-6) * TOKENS
 
 

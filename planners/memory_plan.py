@@ -8,7 +8,7 @@ From a traced layer and a machine's numbers:
 3. what is left of the device: two rounding buffers, and kept activations
 4. the policy: which tokens are kept, swapped, made again, with host and link as limits
 
-Times are FLOPs over what a device achieves: matrices twice in backward, attention (causal) two and a half times.
+Times are FLOPs (``layer_flops``) over what a device achieves.
 """
 
 from dataclasses import asdict, dataclass
@@ -181,13 +181,7 @@ def plan_memory(
 
 def activation_task(request: MemoryRequest, layer: LayerFacts, *, device_bytes: float) -> ActivationTask:
     """The policy's problem on the pipeline's first rank, where most is in flight."""
-    d, f = request.shape.d_model, request.shape.d_ffn
-    kv = request.shape.num_kv_heads * request.shape.head_dim
-    token_s = 2.0 * request.seq_len / (request.tp * request.cp) / request.flops
-    again_s = {
-        "before attention": token_s * d * (d + 2 * kv),
-        "after attention": token_s * (d * d + (1 if request.kind == "gpt" else 2) * d * f),
-    }
+    again_s = {name: each * request.flop_s for name, each in request.layer_flops.again.items()}
     return ActivationTask(
         groups=tuple(TensorGroup(name, size, again_s.get(name)) for name, size in layer.group_bytes.items()),
         num_layers=request.stage_layers,

@@ -7,6 +7,7 @@ from distrain.core.errors import Problem
 from distrain.core.vocabulary import ModelShape
 
 from .buffers import Buffer
+from .layer_flops import LayerFlops, layer_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class LayerFacts:
     hidden_bytes: int
     """what goes from a layer to the next"""
     group_bytes: Mapping[str, int]
-    """skeletal bytes: input, attention, before attention, after attention"""
+    """skeletal bytes, by ``planners.activations.GROUPS``"""
     forward: tuple[Buffer, ...]
     forward_ticks: int
     backward: tuple[Buffer, ...]
@@ -64,9 +65,8 @@ class MemoryRequest:
     @property
     def layer_params(self) -> int:
         """Parameters of one layer."""
-        d, f = self.shape.d_model, self.shape.d_ffn
-        kv = self.shape.num_kv_heads * self.shape.head_dim
-        return 2 * d * d + 2 * d * kv + (2 if self.kind == "gpt" else 3) * d * f
+        matrices = self.layer_flops
+        return round((matrices.before_attention + matrices.after_attention) / 2)
 
     @property
     def num_params(self) -> int:
@@ -74,21 +74,24 @@ class MemoryRequest:
         return self.shape.num_layers * self.layer_params + 2 * self.shape.vocab_size * self.shape.d_model
 
     @property
-    def layer_flops(self) -> tuple[float, float]:
-        """Forward of one layer on one rank: matrices, causal attention."""
-        tokens = self.seq_len / (self.tp * self.cp)
-        return 2.0 * tokens * self.layer_params, 2.0 * tokens * self.seq_len * self.shape.d_model
+    def layer_flops(self) -> LayerFlops:
+        """Of a token in one layer."""
+        return layer_flops(self.shape, kind=self.kind, seq_len=self.seq_len)
+
+    @property
+    def flop_s(self) -> float:
+        """One rank's time for one FLOP of each of its tokens."""
+        return self.seq_len / (self.tp * self.cp) / self.flops
 
     @property
     def forward_s(self) -> float:
         """Of one layer."""
-        return sum(self.layer_flops) / self.flops
+        return self.layer_flops.forward * self.flop_s
 
     @property
     def backward_s(self) -> float:
         """Of one layer."""
-        matrices, attention = self.layer_flops
-        return (2.0 * matrices + 2.5 * attention) / self.flops
+        return self.layer_flops.backward * self.flop_s
 
     @property
     def stage_layers(self) -> int:

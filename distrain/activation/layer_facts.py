@@ -30,7 +30,7 @@ def layer_facts(shape: ModelShape, *, kind: Kind, tp: int, cp: int, seq_len: int
 def _groups(found: Trace) -> dict[str, int]:
     """Bytes of the skeletal tensors by fate: attention is never made again, and parts what is before it and after."""
     attends = next(each.birth for each in found.tensors if "attention" in each.op)
-    groups = {"input": 0, "attention": 0, "before attention": 0, "after attention": 0}
+    groups = {"input": 0, "attention": 0, "before_attention": 0, "after_attention": 0}
     inputs = set(found.inputs)
     for each in found.skeletal:
         groups[_group(each, attends, is_input=each in inputs)] += each.num_bytes
@@ -42,4 +42,4 @@ def _group(tensor: TracedTensor, attends: int, *, is_input: bool) -> str:
         return "input"
     if tensor.birth == attends:
         return "attention"
-    return "before attention" if tensor.birth < attends else "after attention"
+    return "before_attention" if tensor.birth < attends else "after_attention"

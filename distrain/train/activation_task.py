@@ -10,6 +10,7 @@ from distrain.planners import schedules
 from distrain.planners.activation_policy import ActivationTask, TensorGroup
 from distrain.planners.activation_policy.problem import stage_passes
 from distrain.planners.activations import GROUPS, Precision, token_bytes
+from distrain.planners.layer_flops import layer_flops
 from distrain.planners.memory import estimate
 from distrain.planners.parallel_plan import ParallelPlan
 
@@ -71,17 +72,9 @@ def task_of(
     )
     rank = memory.ranks[pp_rank]
     of_layers = rank.activations_bytes - rank.output_bytes
-    flops_per_token_s = degrees.tp * cluster.device.peak_flops * ACHIEVED / tokens
-    kv_width = shape.num_kv_heads * shape.head_dim
-    before = 2 * shape.d_model * (shape.d_model + 2 * kv_width)
-    after = 2 * (shape.d_model**2 + 3 * shape.d_model * shape.d_ffn)
-    attention = 2 * shape.d_model * data.seq_len
-    # Nothing that backward needs comes out of the layer's last product, so it is not done again.
-    again_after = after - 2 * shape.d_model * shape.d_ffn
-    again_s = {
-        "before_attention": before / flops_per_token_s,
-        "after_attention": again_after / flops_per_token_s,
-    }
+    flops = layer_flops(shape, kind="llama", seq_len=data.seq_len)
+    flop_s = tokens / (degrees.tp * cluster.device.peak_flops * ACHIEVED)  # of one FLOP a token
+    again_s = {name: each * flop_s for name, each in flops.again.items()}
     num_passes = min(micro_batches, 2 * degrees.pp)
     schedule = schedules.build(
         plan.schedule,
@@ -96,8 +89,8 @@ def task_of(
         ),
         num_layers=layers,
         num_tokens=row_tokens,
-        forward_s=(before + after + attention) / flops_per_token_s,
-        backward_s=(2 * (before + after) + 2.5 * attention) / flops_per_token_s,
+        forward_s=flops.forward * flop_s,
+        backward_s=flops.backward * flop_s,
         passes=stage_passes(schedule, rank=pp_rank),
         d2h_bytes_s=link_bytes_s,
         h2d_bytes_s=link_bytes_s,

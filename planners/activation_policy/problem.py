@@ -12,7 +12,7 @@ from functools import cached_property
 
 from distrain.core.errors import Problem, raise_if
 
-from ..activation_plan import TOKENS
+from ..activation_plan import TOKENS, rounded_down
 from ..schedules import Op, PipelineSchedule
 
 ROUNDING_BUFFERS = 2
@@ -159,20 +159,16 @@ def whole_tokens(num_tokens: int, *, keep: float, swap: float, recomputed: bool)
 
     What is not made again has no rest: swap takes it. A rest of fewer than ``TOKENS`` rows goes with 128 others.
     """
-    kept = _down(keep * num_tokens)
+    kept = rounded_down(keep * num_tokens)
     kept = num_tokens if num_tokens - kept < TOKENS and keep > 1 - 1e-9 else kept
     if not recomputed:
         return kept, num_tokens - kept
-    swapped = _down(swap * num_tokens)
+    swapped = rounded_down(swap * num_tokens)
     if keep + swap > 1 - 1e-9:
         swapped = num_tokens - kept
     if 0 < num_tokens - kept - swapped < TOKENS:
         swapped, kept = (swapped - TOKENS, kept) if swapped >= TOKENS else (swapped, kept - TOKENS)
     return max(0, kept), max(0, swapped)
-
-
-def _down(tokens: float) -> int:
-    return int(tokens / TOKENS + 1e-6) * TOKENS
 
 
 def _covers(more: Sequence[int], less: Sequence[int]) -> bool:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from distrain.core.errors import ConfigError
 from distrain.planners.activation_plan import TOKENS, ActivationPlan, LayerPlan, Split, snap, uniform
+from distrain.planners.activations import GROUPS
 
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda pair: (min(pair), max(pair) - min(pair)))
 
@@ -67,7 +68,7 @@ def test_a_policy_of_the_program_becomes_a_plan() -> None:
     plan = ActivationPlan.of_policy(
         kept=[[0, 512, 128, 0]],
         swapped=[[512, 0, 128, 256]],
-        groups=["input", "attention", "before attention", "after attention"],
+        groups=GROUPS,
         num_tokens=512,
         host_bytes=7,
     )
