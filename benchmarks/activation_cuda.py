@@ -3,6 +3,9 @@
 Every attempt is a step of fresh layers; the longest length is found by doubling and bisection, in steps of 1,024
 tokens, and an attempt fails by torch's out-of-memory error. The layers have 7B's shape; with 64 of them only lengths
 count, so weights are of one layer, which all share, and the card's memory is for activations.
+
+Nobody wins by other gradients: before anything is measured, all contenders must end a step with those of plain
+PyTorch, to the bit.
 """
 
 import math
@@ -61,6 +64,24 @@ KINDS: dict[str, Callable[[Job], Contender]] = {
     "offload": OffloadActivations,
     "ours": lambda job: Ours(job, mode="memo", alpha=0.0),
 }
+
+
+CHECKED_LAYERS, CHECKED_TOKENS = 4, 4 * GRAIN
+
+
+def check_gradients(session: Session, job: Job) -> None:
+    """One step of every contender; gradients other than plain PyTorch's are a failure of the benchmark."""
+    truth = KINDS["none"](job).gradients()
+    kinds: dict[str, Callable[[Job], Contender]] = {
+        **KINDS,
+        "ours, half swapped": lambda job: Ours(job, mode="memo", alpha=0.5),
+    }
+    for name, kind in kinds.items():
+        found = kind(job).gradients()
+        same = len(found) == len(truth) and all(map(torch.equal, found, truth))
+        session.row(contender=name, gradients_equal=same)
+        if not same:
+            session.failed.append(f"{name} has other gradients than plain PyTorch")
 
 
 def fits(name: str, num_layers: int, num_tokens: int) -> bool:
@@ -236,6 +257,7 @@ def run_on_cuda(session: Session) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: there is no CUDA device here\ntry: --device cpu")
     session.machine["gpu"] = torch.cuda.get_device_name()
+    check_gradients(session, Job(shape_of(CHECKED_LAYERS), CHECKED_TOKENS, "cuda", torch.bfloat16))
     report_lengths(session, session.part("lengths", lambda: lengths(session)))
     report_speeds(session, session.part("speeds", lambda: speeds(session)))
     session.metric("d2h_share", copied_share(session), at_least=0.85, note="of measured pinned bandwidth")

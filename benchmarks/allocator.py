@@ -63,6 +63,11 @@ class Job:
         self._model(self._x).square().mean().backward()
         self._optimizer.step()
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """As they are now."""
+        return [each.detach().clone() for each in self._model.parameters()]
+
     def plan(self) -> AllocationPlan:
         """The plan of its step."""
         with PlannedAllocator.record() as recording:
@@ -96,6 +101,20 @@ class Overhead:
     def resolved(self) -> float:
         """The ratio if the rounds tell on which side of the target it lies, otherwise NaN."""
         return self.ratio.resolved(at_least=MOST_OVERHEAD, allowed=MOST_OVERHEAD - 1)
+
+
+def same_weights(*, steps: int, length: int) -> bool:
+    """Whether training under the plan ends with the weights of training without, to the bit."""
+    with one_thread():
+        plain, planned = Job(length=length), Job(length=length)
+        plan = planned.plan()
+        for _ in range(2 + steps):  # the plan took two steps to record
+            plain.step()
+        with PlannedAllocator(plan) as allocator:
+            for _ in range(steps):
+                planned.step()
+                allocator.new_step()
+        return allocator.report().hits > 0 and all(map(torch.equal, plain.weights, planned.weights))
 
 
 def allocator_overhead(*, rounds: int, length: int = 512) -> Overhead:
@@ -180,8 +199,10 @@ def one_thread() -> Iterator[None]:
 
 
 def run(session: Session) -> None:
-    """Measure steps and single requests."""
+    """Measure steps and single requests, after a look at what they end with."""
     length = 64 if session.quick else 512
+    if not same_weights(steps=STEPS_PER_TURN, length=length):
+        session.failed.append("training under the plan ends with other weights")
     rows = session.part(
         "steps", lambda: [_steps_row(allocator_overhead(rounds=session.rounds, length=length))]
     )

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.allocator import Overhead, allocator_overhead, run
+from benchmarks import allocator
+from benchmarks.allocator import Job, Overhead, allocator_overhead, run, same_weights
 from benchmarks.harness import main
+from distrain.activation.allocator import AllocationPlan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -19,6 +21,21 @@ def test_both_kinds_of_steps_are_timed_in_each_round_and_the_plan_is_followed() 
     assert overhead.report.hits > 4 * 100
     times = (overhead.plain_s, overhead.planned_s, overhead.plain_wall_s, overhead.planned_wall_s)
     assert all(len(each) == 2 and min(each) > 0 for each in times)
+
+
+class Lazy(Job):
+    """Stops training when its plan is made."""
+
+    def plan(self) -> AllocationPlan:
+        made = super().plan()
+        self.step = lambda: None  # type: ignore[method-assign]
+        return made
+
+
+def test_steps_that_end_with_other_weights_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert same_weights(steps=2, length=16)
+    monkeypatch.setattr(allocator, "Job", Lazy)
+    assert not same_weights(steps=2, length=16)
 
 
 def test_rounds_that_do_not_agree_are_no_result() -> None:
