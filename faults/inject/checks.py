@@ -61,9 +61,15 @@ class Entry:
 
 
 def check(plan: FaultPlan, job: JobShape, *, capabilities: Capabilities | None = None) -> list[Problem]:
-    """Everything that keeps ``plan`` from being carried out on ``job``; the machine is probed if need be."""
-    entries = [Entry(number=n, fault=fault, target=fault.target) for n, fault in enumerate(plan.faults)]
-    return check_entries(entries, job, capabilities=capabilities)
+    """Everything that keeps ``plan`` from being carried out on ``job``; the machine is probed if need be.
+
+    It is read as its file would be: what Python lets somebody write need not be a number.
+    """
+    from .reading import read_tables  # which checks what it has read
+
+    problems: list[Problem] = []
+    _, entries = read_tables(plan.to_json(), problems)
+    return [*problems, *check_entries(entries, job, capabilities=capabilities)]
 
 
 def check_entries(
@@ -160,6 +166,8 @@ def _target(name: str, fault: Fault, spec: KindSpec, job: JobShape) -> Iterator[
         yield Problem(f"{name} hits nobody", "no ranks", "ranks, or a node", "target = { ranks = [0] }")
     if spec.victim in (Victim.NODE, Victim.JOB) and target.ranks:
         yield Problem(f"{name} hits no ranks", f"ranks = {list(target.ranks)}", "a node")
+    if spec.victim is Victim.JOB and target.node:
+        yield Problem(f"{name} hits what node 0 has", f"node {target.node}", "node 0, or no node")
     if spec.victim is Victim.WRITER and target.ranks and target.role != "trainer":
         yield Problem(
             f"{name} hits keepers, which have no ranks",

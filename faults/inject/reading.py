@@ -38,7 +38,7 @@ def load(path: Path, *, job: JobShape | None, capabilities: Capabilities | None)
         form = path.suffix[1:].upper()
         raise ConfigError(f"the fault plan is not valid {form}", got=f"{path}: {error}") from None
     problems: list[Problem] = []
-    seed, entries = _read(tables, problems)
+    seed, entries = read_tables(tables, problems)
     if job is not None:
         problems += check_entries(entries, job, capabilities=capabilities)
     raise_if(problems)
@@ -48,7 +48,7 @@ def load(path: Path, *, job: JobShape | None, capabilities: Capabilities | None)
 def parse(tables: Any) -> FaultPlan:
     """``FaultPlan.from_json``."""
     problems: list[Problem] = []
-    seed, entries = _read(tables, problems)
+    seed, entries = read_tables(tables, problems)
     raise_if(problems)
     return _plan(seed, entries)
 
@@ -57,8 +57,8 @@ def _plan(seed: int, entries: Sequence[Entry]) -> FaultPlan:
     return FaultPlan(tuple(entry.fault for entry in entries if entry.fault), seed=seed)
 
 
-def _read(tables: Any, problems: list[Problem]) -> tuple[int, list[Entry]]:
-    """Seed and faults; what cannot be read becomes a problem."""
+def read_tables(tables: Any, problems: list[Problem]) -> tuple[int, list[Entry]]:
+    """Seed and faults of a plan as tables; what cannot be read becomes a problem."""
     found = _fields(tables, _PLAN, "", problems)
     if found.get("version", VERSION) != VERSION:
         problems.append(Problem("the plan has another version", str(found["version"]), str(VERSION)))

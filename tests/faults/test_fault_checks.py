@@ -29,7 +29,7 @@ def test_a_plan_of_every_kind_that_is_built_has_no_problem() -> None:
     for step, (kind, spec) in enumerate(KINDS.items(), start=1):
         if spec.refused:
             continue
-        targets: dict[str, dict[str, Any]] = {"rank": {"ranks": [1]}, "link": {"link": (1, 0)}}
+        targets: dict[str, dict[str, Any]] = {"rank": {"ranks": [1]}, "link": {"link": (1, 0)}, "job": {}}
         plan = plan.inject(kind, **targets.get(spec.victim, {"node": 1})).at(step=min(step, 10), op=step)
         if spec.lasting != "not":
             plan = plan.lasting(1.0)
@@ -97,6 +97,9 @@ def test_a_kind_without_a_target_is_refused_with_the_reason(kind: FaultKind) -> 
 def test_targets_that_do_not_fit_a_kind_are_refused() -> None:
     assert errors(FaultPlan().inject("proc.exit")) == ["faults[0], proc.exit, hits nobody"]
     assert errors(FaultPlan().inject("store.kill", ranks=[0])) == ["faults[0], store.kill, hits no ranks"]
+    for kind in ("store.kill", "coordinator.kill"):
+        assert errors(FaultPlan().inject(kind, node=1)) == [f"faults[0], {kind}, hits what node 0 has"]
+        assert errors(FaultPlan().inject(kind, node=0)) == []
     assert errors(FaultPlan().inject("ckpt.eio", ranks=[0])) == [
         "faults[0], ckpt.eio, hits keepers, which have no ranks"
     ]
@@ -192,6 +195,17 @@ def test_a_missing_privilege_is_named_with_the_way_to_get_it() -> None:
     assert problem.error == "faults[0], net.drop, needs what this machine does not allow"
     assert "user namespaces" in problem.hint and "/dev/net/tun" in problem.hint
     assert "freezer" in problems[0].got and "root" in problems[0].hint and "proc.sigstop" in problems[0].hint
+
+
+def test_what_python_lets_somebody_write_is_refused_as_in_a_file() -> None:
+    ranks: Any = ["0"]
+    step: Any = "3"
+    plan = FaultPlan().inject("data.stall", ranks=ranks).at(step=step).lasting(float("nan"))
+    assert errors(plan) == [
+        "faults[0].duration_s cannot be this",
+        "faults[0].target.ranks cannot be this",
+        "faults[0].at.step cannot be this",
+    ]
 
 
 def test_the_probe_says_how_and_leaves_nothing() -> None:
