@@ -135,7 +135,7 @@ class _Shared:
         above = classes.longest(integers)
         pricings = [Pricing(classes, low, high, integer_above=above) for low, high in pairwise(grid)]
         hats = _hats(classes)
-        basis = np.vstack([*hats, area / area.max(), classes.lengths / classes.lengths.max()])
+        basis = np.vstack([*hats, area / (area.max() or 1.0), classes.lengths / classes.lengths.max()])
         columns = [(ms, classes.count(np.asarray(lengths, dtype=np.float64))) for ms, lengths in waves]
         return cls(
             classes, basis, estimated_ms, beta, area_ms, float(area.max()), pricings, accuracy, columns

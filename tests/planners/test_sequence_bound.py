@@ -54,21 +54,26 @@ def test_a_certificate_proves_more_than_the_area() -> None:
     assert "column generation" in proven.reasons[-1]
 
 
-def test_waves_that_take_no_time_are_bounded_all_the_same() -> None:
+@pytest.mark.parametrize(
+    ("beta1", "bandwidth_gb_s", "lengths"),
+    [(0.0, {2: 49.0, 4: 137.0}, [2000, 333]), (5.0, {}, [400] * 13), (0.0, {}, [400] * 13)],
+)
+def test_sequences_that_take_no_time_are_bounded_all_the_same(
+    beta1: float, bandwidth_gb_s: dict[int, float], lengths: list[int]
+) -> None:
     cost = SequenceCost(
         alpha1=0.0,
         alpha2=0.0,
-        beta1=0.0,
+        beta1=beta1,
         layers=1,
         hidden=64,
         tokens_per_gpu=1000,
-        bandwidth_gb_s={2: 49.0, 4: 137.0},
+        bandwidth_gb_s=bandwidth_gb_s,
     )
-    lengths = [2000, 333]
-    best_ms = best_plan_ms(lengths, num_slots=5, cost=cost)
     problem = StepProblem.of(lengths, num_slots=5, cost=cost)
-    found = certify(problem, estimated_ms=1.2 * best_ms, num_waves=1, seconds=1.0)
-    assert problem.area_bound_ms * (1 - 1e-9) <= found.bound_ms <= best_ms * (1 + 1e-6)
+    plan = plan_step(lengths, num_slots=5, cost=cost)
+    found = certify(problem, estimated_ms=1.2 * plan.estimated_ms, num_waves=1, seconds=1.0)
+    assert problem.area_bound_ms * (1 - 1e-9) <= found.bound_ms <= plan.estimated_ms * (1 + 1e-6)
 
 
 def test_only_a_proof_makes_a_plan_optimal() -> None:
