@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distrain.activation.host_pool import HostPool, near, node_processors
 from distrain.activation.manager import ActivationManager
 from distrain.activation.traffic import Traffic
-from distrain.core.device import CpuDevice, Device
+from distrain.core.device import CpuDevice, CpuEvent, Device
 from distrain.planners.activation_plan import ActivationPlan, LayerPlan, Split, snap
 
 NUM_TOKENS, WIDTH = 256, 16
@@ -152,6 +152,75 @@ def test_gradients_are_right_if_every_copy_is_as_late_as_it_may_be(swap: float) 
             assert all(map(torch.equal, gradients(layers), truth))
     assert manager.report().num_fetched_ahead == 8
     assert sum(len(stream.work) for stream in device.streams) > 20
+
+
+class Count(TorchDispatchMode):
+    """Counts what was asked of the compute stream."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_asked = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.num_asked += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class WatchedStream:
+    """Knows how far it has waited for the compute stream, which is watched by itself."""
+
+    count: Count
+    seen: int = 0
+
+    def wait_event(self, event: Any) -> None:
+        self.seen = max(self.seen, event.place)
+
+    def wait_stream(self, stream: Any) -> None:
+        self.seen = self.count.num_asked
+
+
+class WatchedEvent(CpuEvent):
+    """Keeps where the compute stream was."""
+
+    place = 0
+
+    def record(self, stream: Any = None) -> None:
+        self.place = stream.count.num_asked if isinstance(stream, WatchedStream) else 0
+
+
+class WatchedDevice(CpuDevice):
+    """A processor that notes, for each round of copies, whether they had waited for all that was asked before."""
+
+    def __init__(self, count: Count) -> None:
+        self.count = count
+        self.waited: list[bool] = []
+
+    def stream(self) -> Any:
+        return WatchedStream(self.count)
+
+    def current_stream(self) -> Any:
+        return WatchedStream(self.count)
+
+    @contextmanager
+    def use(self, stream: Any) -> Iterator[Any]:
+        self.waited.append(stream.seen == self.count.num_asked)
+        yield stream
+
+    def event(self, *, timing: bool = False) -> Any:
+        return WatchedEvent()
+
+
+def test_copies_wait_for_what_made_their_source_and_for_who_had_their_target_before() -> None:
+    layers = nn.ModuleList([Layer() for _ in range(3)])
+    plan = ActivationPlan(layers=(LayerPlan.of(snap(NUM_TOKENS, swap=0.5)),) * 3)
+    with Count() as count:
+        device = WatchedDevice(count)
+        with ActivationManager(layers, plan, device=device):
+            gradients(layers)
+    assert device.waited == [True] * 6, "one round out and one in for each layer"
 
 
 def test_at_most_two_layers_are_on_the_device_while_copies_are_late() -> None:
