@@ -17,6 +17,7 @@ import torch
 
 from . import host
 from .errors import ConfigError
+from .page_locked import page_locked
 from .vocabulary import DEVICES, DeviceSpec
 
 
@@ -201,7 +202,8 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        with torch.cuda.device(self.torch_device):
+            return page_locked(*shape, dtype=dtype, synchronize=self.synchronize)
 
     def memory_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(self.torch_device).total_memory)
