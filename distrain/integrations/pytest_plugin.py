@@ -72,10 +72,12 @@ class LocalCluster:
         """Run a training script on all ranks, under ``plan`` if there is one.
 
         Raises:
-            ConfigError: the plan cannot be carried out here; lists all problems.
+            ConfigError: there is no such script, or the plan cannot be carried out here; lists all problems.
         """
         plan = plan or FaultPlan()
-        raise_if(check(plan, self._shape))
+        found = Path(script).is_file()
+        missing_script = [] if found else [Problem("there is no such script", str(script), "a Python file")]
+        raise_if([*missing_script, *check(plan, self._shape)])
         self._num_runs += 1
         run = self._logs / f"run-{self._num_runs}"
         run.mkdir()

@@ -43,6 +43,8 @@ def test_a_killed_rank_is_named(local_cluster, fault_plan):
 def test_what_cannot_be_is_refused(local_cluster, fault_plan):
     with pytest.raises(ConfigError, match="ranks that there are not"):
         local_cluster(ranks=2).run("{script}", plan=fault_plan.kill(ranks=[2]))
+    with pytest.raises(ConfigError, match="no such script"):
+        local_cluster(ranks=2).run("none.py")
     with pytest.raises(ConfigError, match="spread over the nodes"):
         local_cluster(ranks=3, nodes=2)
 """
