@@ -1,13 +1,15 @@
 """``distrain plan buffers``: addresses for the buffers of a CSV file, and a proof of how good they are."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from distrain.core.errors import ConfigError, InfeasibleError, UndecidedError
+from distrain.core.errors import ConfigError, InfeasibleError, Problem, UndecidedError, raise_if
 from distrain.planners.buffers.result import BufferPlan, Status
 
 
@@ -46,8 +48,10 @@ def buffers(
     from distrain.planners.buffers import table as csv
     from distrain.planners.buffers.engine import engine
 
+    problems = list(_unwritable(output))
     if plot is not None:
-        drawing.require()
+        problems += drawing.check(plot)
+    raise_if(problems)
     given = csv.read(table)
     console = Console(stderr=True)
     with console.status(f"planning {len(given)} buffers", spinner="line"):
@@ -71,6 +75,15 @@ def buffers(
     _judge(plan, capacity)
 
 
+def _unwritable(path: Path | None) -> Iterator[Problem]:
+    """Why a file cannot be written, as far as can be told before a long search."""
+    if path is None:
+        return
+    place = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        yield Problem("this cannot be written", str(path), "a file in a folder that is there")
+
+
 def _show(plan: BufferPlan, num_buffers: int) -> None:
     print(f"{num_buffers} buffers: peak {plan.peak}, lower bound {plan.lower_bound}, gap {plan.gap:.2%}")
     print(f"{plan.status} by {plan.solver} in {plan.seconds:.2f} s; {plan.proof}")
@@ -89,6 +102,6 @@ def _judge(plan: BufferPlan, capacity: int | None) -> None:
     if plan.status is Status.UNDECIDED:
         raise UndecidedError(
             "it is not known whether the buffers fit",
-            got=f"capacity {capacity}; {plan.proof}",
+            got="; ".join((f"capacity {capacity}", plan.proof, *plan.notes)),
             hint="a longer --time-limit, or a higher --capacity",
         )

@@ -75,7 +75,7 @@ class Search {
     }
 
     void begin_round() {
-        node_limit_ = std::min(max_nodes_, nodes + BASE * luby(restarts));
+        node_limit_ = std::min(max_nodes_, nodes + std::max<i64>(BASE, n_) * luby(restarts));
         const u64 order = random_.below(8);
         rule_ = static_cast<Rule>(random_.below(4));
         for (i32 i = 0; i < n_; ++i) {
@@ -228,7 +228,7 @@ class Search {
             return true;
         }
         if (nodes % 16 == 0) out_of_time_ |= *stop_ != 0 || Clock::now() > deadline_;
-        return out_of_time_;
+        return out_of_time_ || depth_ > DEEPEST;
     }
 
     // Place all of `open`, which live in [begin, end).
@@ -237,7 +237,9 @@ class Search {
         const Key state = key(begin, end, open);
         if (failures_.contains(state)) return Answer::no;
         const auto parts = split(open);
+        ++depth_;
         const Answer answer = !parts.empty() ? solve_apart(parts) : branch(begin, end, open);
+        --depth_;
         if (answer == Answer::no) failures_.insert(state);
         return answer;
     }
@@ -346,10 +348,7 @@ class Search {
         return raised;
     }
 
-    struct Change {
-        i64* cell;
-        i64 old;
-    };
+    struct Change { i64* cell; i64 old; };
 
     struct Block {
         i64 top;    // the lowest that it can have
@@ -358,6 +357,7 @@ class Search {
     };
 
     static constexpr i64 BASE = 100;
+    static constexpr i64 DEEPEST = 3000;  // levels of half a KB, on a stack that may have no more than 2 MB
     static constexpr i64 OPEN = -1;
     static constexpr i64 UNEVEN = i64{1} << 32;
 
@@ -379,7 +379,7 @@ class Search {
     Failures failures_;
     Random random_;
     Rule rule_ = Rule::fewest;
-    i64 node_limit_ = 0, max_nodes_ = 0;
+    i64 node_limit_ = 0, max_nodes_ = 0, depth_ = 0;
     const volatile i32* stop_ = nullptr;
     Clock::time_point deadline_;
     bool out_of_time_ = false;

@@ -27,13 +27,18 @@ lower sections would bury room in which others belong.
 Failed states (open buffers and their floors) are remembered across restarts. Twins are tried once.
 
 *Restarts*: run times are heavy-tailed, so a round that has met its budget of nodes is dropped and another begins, with
-a random order of buffers, a random rule for sections, and Luby's budgets (100 nodes times 1 1 2 1 1 2 4 ...), which end
-in one that is large enough. ``skyline.cpp`` is this search in C++; this file is what runs where it cannot be built.
+a random order of buffers, a random rule for sections, and Luby's budgets (as many nodes as there are buffers, or 100,
+times 1 1 2 1 1 2 4 ...), which end in one that is large enough.
+
+``skyline.cpp`` is this search in C++, which redoes only what a placement has touched; this file is what runs where that
+cannot be built.
 """
 
 import random
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,15 +65,27 @@ def fit(cut: Sections, *, capacity: int, seed: int, max_nodes: int, max_seconds:
     """Whether the buffers of ``cut`` fit under ``capacity``."""
     search = _Search(cut, capacity, random.Random(seed), max_nodes, time.monotonic() + max_seconds)
     restarts = 0
-    while True:
-        search.begin_round(_BASE * luby(restarts))
-        try:
-            fits = search.solve(0, cut.num_sections, list(range(len(cut.size))))
-            return Fit(fits, tuple(search.offset) if fits else (), search.num_nodes, restarts)
-        except _BudgetMet:
-            if search.num_nodes >= max_nodes or time.monotonic() > search.deadline:
-                return Fit(None, (), search.num_nodes, restarts)
-        restarts += 1
+    with _deep(8 * len(cut.size)):
+        while True:
+            search.begin_round(max(_BASE, 2 * len(cut.size)) * luby(restarts))
+            try:
+                fits = search.solve(0, cut.num_sections, list(range(len(cut.size))))
+                return Fit(fits, tuple(search.offset) if fits else (), search.num_nodes, restarts)
+            except (_BudgetMet, RecursionError):
+                if search.num_nodes >= max_nodes or time.monotonic() > search.deadline:
+                    return Fit(None, (), search.num_nodes, restarts)
+            restarts += 1
+
+
+@contextmanager
+def _deep(frames: int) -> Iterator[None]:
+    """So many calls more may be open at once: each buffer that is put down is a few."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + frames)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def luby(index: int) -> int:

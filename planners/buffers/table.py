@@ -1,8 +1,10 @@
 """Buffers as CSV: ``id,lower,upper,size``, and ``offset`` once they are planned.
 
 The columns are those that MiniMalloc reads and writes, so its files, and those of anything that speaks to it, can be
-planned here. What was read and is written again is the same, byte for byte. A file is read to its end before it is
-refused, so that one look shows all that is wrong.
+planned here, as long as they ask for nothing more: columns such as ``gaps`` or ``alignment`` say where a plan is valid,
+and to pass over them would be a plan of another problem. What was read and is written again is the same, byte for byte
+(but for a mark of the encoding, CRLF and empty lines). A file is read to its end before it is refused, so that one
+look shows all that is wrong.
 """
 
 import csv
@@ -21,7 +23,7 @@ _SHOWN = 50  # mistakes; a file of another kind would fill the screen for minute
 
 def parse(text: str, *, name: str = "the table") -> tuple[Buffer, ...]:
     """The buffers of a CSV file's ``text``; columns may stand in any order. ConfigError lists all that is wrong."""
-    rows = [(number, row) for number, row in _rows(text, name) if row]
+    rows = [(number, row) for number, row in _rows(text, name) if any(cell.strip() for cell in row)]
     if not rows:
         raise ConfigError(f"{name} is empty", allowed="a first line: " + ",".join(COLUMNS))
     (_, header), *body = rows
@@ -59,25 +61,25 @@ def parse(text: str, *, name: str = "the table") -> tuple[Buffer, ...]:
 def read(path: Path) -> tuple[Buffer, ...]:
     """The buffers of the file ``path``; ConfigError lists all that is wrong."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return parse(file.read(), name=path.name)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("a table of buffers cannot be read", got=f"{path}: {error}") from None
 
 
-def text(buffers: Sequence[Buffer], offsets: Sequence[int] = ()) -> str:
-    """The CSV file of ``buffers``, with their ``offsets`` if there are any."""
+def text(buffers: Sequence[Buffer], offsets: Sequence[int] | None = None) -> str:
+    """The CSV file of ``buffers``, with their ``offsets`` if they are planned."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow((*COLUMNS, OFFSET) if offsets else COLUMNS)
+    writer.writerow(COLUMNS if offsets is None else (*COLUMNS, OFFSET))
     rows: Iterable[tuple[object, ...]] = ((each.id, each.lower, each.upper, each.size) for each in buffers)
-    if offsets:
+    if offsets is not None:
         rows = ((*row, offset) for row, offset in zip(rows, offsets, strict=True))
     writer.writerows(rows)
     return out.getvalue()
 
 
-def write(path: Path, buffers: Sequence[Buffer], offsets: Sequence[int] = ()) -> None:
+def write(path: Path, buffers: Sequence[Buffer], offsets: Sequence[int] | None = None) -> None:
     """Write ``text`` to ``path``."""
     path.write_text(text(buffers, offsets), encoding="utf-8", newline="")
 
@@ -103,7 +105,7 @@ def _header_problems(columns: Sequence[str], name: str) -> Iterator[Problem]:
                 f"{name} has an unknown column",
                 got=column,
                 allowed=",".join(known),
-                hint=f"did you mean {close}?" if close else "",
+                hint=f"did you mean {close}?" if close else "leave it out, if the plan may pass over it",
             )
         elif columns.count(column) > 1:
             yield Problem(f"{name} has the column {column} more than once", got=",".join(columns))

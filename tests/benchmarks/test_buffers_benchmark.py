@@ -3,8 +3,10 @@
 import pytest
 
 from benchmarks.buffer_traces import steps
-from benchmarks.buffers import CAPACITY, RECIPES, instance
-from distrain.planners.buffers.bounds import max_live
+from benchmarks.buffers import CAPACITY, RECIPES, Recipe, instance
+from distrain.planners.buffers import violations
+from distrain.planners.buffers.bounds import max_live, sections
+from distrain.planners.buffers.engine import engine
 
 
 def test_instances_hold_at_their_worst_moment_just_what_fits() -> None:
@@ -30,3 +32,14 @@ def test_the_quick_trace_is_a_training_step() -> None:
     assert load > 0
     assert start < middle < max(each.upper for each in buffers)
     assert start == pytest.approx(end, abs=20)
+
+
+def test_a_few_gaps_do_not_lead_the_search_astray() -> None:
+    """A twentieth of the pieces is missing. Blind to what cannot lie below a buffer, 100,000 nodes are not enough."""
+    buffers = instance(Recipe(180, 0.2, 4.0, 0.05, 0.0, 1002))
+    for seed in range(3):
+        found = engine(build=True).fit(
+            sections(buffers), capacity=CAPACITY, seed=seed, max_nodes=20_000, max_seconds=600
+        )
+        assert found.fits
+        assert not violations(buffers, found.offsets, peak=CAPACITY, capacity=CAPACITY)

@@ -56,8 +56,8 @@ def test_a_capacity_that_nothing_fits_under_ends_with_4(
 
 @pytest.fixture
 def hard(tmp_path: Path) -> Path:
-    """Fits under ``SIDE`` with a few gaps in unknown places: minutes of search."""
-    table.write(tmp_path / "hard.csv", perfect(450, 0, dropped=0.1))
+    """Fits under ``SIDE`` with a few gaps in unknown places, and has too many pieces for the search."""
+    table.write(tmp_path / "hard.csv", perfect(1200, 0, dropped=0.1))
     return tmp_path / "hard.csv"
 
 
@@ -96,6 +96,27 @@ def test_a_malformed_table_is_refused_with_all_that_is_wrong(
     error = capsys.readouterr().err
     assert "line 2 of bad.csv never lives" in error
     assert "line 3 of bad.csv: upper is no integer" in error
+
+
+def test_what_cannot_be_written_is_told_before_the_search(
+    hard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "buffers", str(hard), "--capacity", str(SIDE), "--time-limit", "600"]
+    assert main([*command, "-o", str(tmp_path), "--plot", str(tmp_path / "none" / "plan.svg")]) == 3
+    error = capsys.readouterr().err
+    assert "this cannot be written" in error
+    assert "a plot cannot be written" in error
+
+
+@pytest.mark.processes
+def test_without_a_compiler_the_answer_is_as_valid_and_says_what_it_lacks(hard: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path), "DISTRAIN_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "distrain", "plan", "buffers", str(hard), "--capacity", str(SIDE)]
+    done = subprocess.run(
+        [*command, "--time-limit", "0.5"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5, done.stderr
+    assert "no native search: native code needs a C++ compiler" in done.stderr
 
 
 def test_a_folder_that_is_not_there_is_no_place_for_a_plan(

@@ -10,7 +10,7 @@ from distrain.planners.buffers.bounds import max_live, sections
 from distrain.planners.buffers.engine import PYTHON, Engine, engine
 from distrain.planners.buffers.greedy import portfolio
 from distrain.planners.buffers.skyline import luby
-from helpers.buffers import PINWHEEL, TOO_TALL, any_buffers, lowest_peak, perfect
+from helpers.buffers import PINWHEEL, TOO_TALL, any_buffers, buffers, lowest_peak, perfect
 
 NATIVE = engine(build=True)
 both = pytest.mark.parametrize("search", [NATIVE, PYTHON], ids=["native", "python"])
@@ -81,6 +81,19 @@ def test_python_searches_larger_problems_too() -> None:
     found = PYTHON.fit(sections(buffers), capacity=4096, seed=0, max_seconds=60)
     assert found.fits
     assert not violations(buffers, found.offsets, peak=4096)
+
+
+@both
+def test_any_number_of_buffers_may_be_put_down_in_one_descent(search: Engine) -> None:
+    cut = sections(chain := buffers(*((start, start + 2, 1 + start % 3) for start in range(520))))
+    found = search.fit(cut, capacity=20, seed=0, max_nodes=20_000, max_seconds=600)
+    assert found.fits
+    assert not violations(
+        chain,
+        found.offsets,
+        peak=max(at + each.size for at, each in zip(found.offsets, chain, strict=True)),
+        capacity=20,
+    )
 
 
 @given(any_buffers(most=12, most_time=20, most_size=9))

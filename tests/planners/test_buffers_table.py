@@ -42,6 +42,16 @@ def test_columns_may_stand_in_any_order() -> None:
     assert table.parse("size,id,upper,lower\r\n8,x,3,1\r\n") == (Buffer("x", 1, 3, 8),)
 
 
+def test_marks_of_other_editors_are_no_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_bytes(b"\xef\xbb\xbfid,lower,upper,size\r\nx,1,3,8\r\n  \r\n\r\n")
+    assert table.read(path) == (Buffer("x", 1, 3, 8),)
+
+
+def test_a_plan_of_nothing_has_a_column_for_its_offsets() -> None:
+    assert table.text((), ()) == "id,lower,upper,size,offset\n"
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     text = "id,lower,upper,size\na,0,4,8\nb,5,5,1\nc,1,two,3\nd,0,1,-2\na,0,1,1\ne,0,1\n"
     with pytest.raises(ConfigError) as caught:
@@ -65,6 +75,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         ("\n\n", "is empty"),
         ("id,lower,upper\na,0,1\n", "lacks the column size"),
         ("id,lower,upper,size,offzet\n", "did you mean offset?"),
+        ("id,lower,upper,size,gaps\na,0,9,1,2-3\n", "leave it out, if the plan may pass over it"),
         ("id,id,lower,upper,size\n", "the column id more than once"),
         ('id,lower,upper,size\n"a,0,1,2\n', "is no CSV"),
         (f"id,lower,upper,size\na,0,1,{2**62}\n", "sum to more than can be counted"),
