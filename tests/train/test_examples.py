@@ -55,6 +55,16 @@ def test_the_readmes_config_commands_exist() -> None:
     assert all(re.search(rf"^\s+{verb}\s", helped, flags=re.MULTILINE) for verb in verbs)
 
 
+def test_verbs_that_the_documents_show_exist() -> None:
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    shown = {words for text in texts for words in re.findall(r"distrain (ckpt|plan|config) (\w+)", text)}
+    for group in {group for group, _ in shown}:
+        command = [sys.executable, "-m", "distrain", group, "--help"]
+        helped = subprocess.run(command, capture_output=True, text=True, timeout=150).stdout
+        for verb in (verb for of, verb in shown if of == group):
+            assert re.search(rf"^\s+{verb}\s", helped, flags=re.MULTILINE), f"distrain {group} {verb}"
+
+
 def test_links_in_the_documents_lead_somewhere() -> None:
     documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
     for document in documents:
