@@ -31,7 +31,7 @@ def sequence(
     cost: Annotated[str, typer.Option(help="7b, 13b, 30b, or a TOML file.", metavar="FILE|PRESET")],
     time_limit: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Seconds to search.", metavar="S", show_default="0.02 to 2, by devices"),
+        typer.Option(min=0.0, help="Seconds to search.", metavar="S", show_default="0.02 to 2, by size"),
     ] = None,
     certify: Annotated[
         bool, typer.Option("--certify", help="Prove a stronger bound: at most 30 s more.")

@@ -44,9 +44,9 @@ def plan_step(
     """Micro-batches of groups for one step over ``lengths`` (tokens), on ``num_slots`` devices.
 
     The same arguments give the same plan, on every machine that is fast enough for ``time_limit_s`` of processor time
-    (where the clock cut the search short, the plan's reasons say so); the default limit grows with the devices. With ``certify_s`` that
-    many seconds more go into a stronger bound. ``build=False`` never compiles: in a job, which has what was built
-    before it. Without the native library the plan is made in Python, and is longer.
+    (where the clock cut the search short, the plan's reasons say so); the default limit grows with devices and
+    sequences. With ``certify_s`` that many seconds more go into a stronger bound. ``build=False`` never compiles: in a
+    job, which has what was built before it. Without the native library the plan is made in Python, and is longer.
 
     ``schedule="auto"`` takes the shorter of both schedules, for jobs that can run without barriers.
 
@@ -57,7 +57,7 @@ def plan_step(
     start = time.perf_counter()
     problem = StepProblem.of(lengths, num_slots=num_slots, cost=cost)
     if time_limit_s is None:
-        time_limit_s = default_time_limit_s(num_slots, solver)
+        time_limit_s = default_time_limit_s(len(lengths), num_slots=num_slots, solver=solver)
     found, reasons = _search(problem, time_limit_s, seed=seed, solver=solver, build=build)
     batches = assemble(problem, found)
     chosen: Schedule = "lock-step"
@@ -82,9 +82,9 @@ def plan_step(
     )
 
 
-def default_time_limit_s(num_slots: int, solver: Solver = "native") -> float:
-    """20 ms for a few nodes, 2 s for a thousand of them; a minute for the programs of FlexSP."""
-    return 60.0 if solver == "milp" else min(max(0.02, 0.0002 * num_slots), 2.0)
+def default_time_limit_s(num_sequences: int, *, num_slots: int, solver: Solver = "native") -> float:
+    """20 ms for a few nodes, 2 s for a thousand of them or 80,000 sequences; a minute for the programs of FlexSP."""
+    return 60.0 if solver == "milp" else min(max(0.02, 25e-6 * max(num_sequences, 8 * num_slots)), 2.0)
 
 
 def _without_barriers(
@@ -92,7 +92,8 @@ def _without_barriers(
 ) -> tuple[tuple[MicroBatch, ...], Schedule]:
     from .timeline import asynchronous
 
-    free = asynchronous(problem, batches, seconds=default_time_limit_s(problem.num_slots))
+    seconds = default_time_limit_s(len(problem.lengths), num_slots=problem.num_slots)
+    free = asynchronous(problem, batches, seconds=seconds)
     free_ms = step_ms(free, num_slots=problem.num_slots, schedule="asynchronous")
     shorter = free_ms < step_ms(batches, num_slots=problem.num_slots, schedule="lock-step")
     if wanted == "auto" and not shorter:

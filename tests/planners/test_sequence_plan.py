@@ -256,11 +256,15 @@ def test_the_program_of_flexsp_makes_a_valid_plan() -> None:
     assert "program" in plan.reasons[0]
 
 
-def test_limits_grow_with_the_machine_as_promised() -> None:
-    assert [default_time_limit_s(num) for num in (1, 64, 1000, 8192, 100_000)] == [
-        0.02,
-        0.02,
-        0.2,
-        1.6384,
-        2.0,
-    ]
+def test_limits_grow_with_the_machine_and_the_batch_as_promised() -> None:
+    sizes = ((1, 1), (512, 64), (512, 1000), (65_536, 8192), (10, 100_000), (8000, 64), (10**6, 64))
+    limits = [default_time_limit_s(num, num_slots=num_slots) for num, num_slots in sizes]
+    assert limits == pytest.approx([0.02, 0.02, 0.2, 1.6384, 2.0, 0.2, 2.0])
+    assert default_time_limit_s(1, num_slots=1, solver="milp") == 60.0
+
+
+def test_many_short_sequences_are_not_left_with_one_degree_a_micro_batch() -> None:
+    lengths = draw("bimodal", 3, num=2500)
+    plan = plan_step(lengths, num_slots=64, cost=COST)
+    if not any("clock" in reason for reason in plan.reasons):
+        assert plan.estimated_ms < 0.9 * plan.baselines["batch_adaptive"]
