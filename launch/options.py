@@ -13,6 +13,8 @@ from distrain.core.errors import ConfigError, Problem
 from .placement import read_plan
 
 LOOPBACK = "127.0.0.1"
+MAX_EMULATED = 256
+"""nodes of one machine, each of which is a process of its own before its first rank"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,9 @@ def check(options: LaunchOptions) -> list[Problem]:
         problems.append(
             Problem("--emulate-nodes must be positive", got=str(options.emulate_nodes), allowed="1 or more")
         )
+    elif options.emulate_nodes > MAX_EMULATED:
+        got, allowed = str(options.emulate_nodes), f"1 to {MAX_EMULATED}"
+        problems.append(Problem("--emulate-nodes asks too much of one machine", got, allowed))
     if options.netns and options.emulate_nodes == 1:
         problems.append(Problem("--netns is for emulated nodes", "1 node", hint="--emulate-nodes 2"))
     if options.netns and (options.local_addr or options.master_addr != LOOPBACK):

@@ -129,6 +129,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         (["--nproc-per-node", "two"], "whole number"),
         (["--nnodes", "0"], "--nnodes must be positive"),
         (["--emulate-nodes", "0"], "--emulate-nodes must be positive"),
+        (["--emulate-nodes", "257"], "asks too much of one machine"),
         (["--emulate-nodes", "2", "--nnodes", "2"], "emulated nodes are all there is"),
         (["--plain-rank", "1"], "--plain-rank is out of range"),
         (["--nnodes", "2", "--rdzv-backend", "c10d"], "--rdzv-endpoint is needed"),
