@@ -6,8 +6,6 @@ is for ``core.layout.check_layout`` to say, which needs the model.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from math import isfinite
@@ -17,6 +15,8 @@ from typing import Any
 from distrain.core.errors import ConfigError, Problem, nearest, raise_if
 from distrain.core.layout import check_mesh
 from distrain.core.vocabulary import DataParallel, Degrees, Schedule
+
+from . import plan_file
 
 VERSION = 1
 
@@ -51,19 +51,11 @@ class ParallelPlan:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     def save(self, path: Path | str) -> None:
-        """Write the plan to ``path``, which has the old content or the new one at any moment."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(draft).replace(path)
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+        """Write the plan to ``path``, which has the old content or the new one at any moment.
+
+        A link stays a link; what is no file, such as a pipe, is written to as it is.
+        """
+        plan_file.save(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path | str) -> "ParallelPlan":

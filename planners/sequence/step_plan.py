@@ -13,8 +13,6 @@ have finished what earlier micro-batches gave them::
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from distrain.core.errors import ConfigError, Problem, nearest, raise_if
+
+from .. import plan_file
 
 VERSION = 1
 
@@ -113,21 +113,7 @@ class StepPlan:
 
         A link stays a link; what is no file, such as a pipe, is written to as it is.
         """
-        path = Path(path).resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            path.write_text(self.to_json())
-            return
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".plan.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(draft).replace(path)
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+        plan_file.save(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path | str) -> "StepPlan":
