@@ -134,7 +134,10 @@ def _problems(plan: Path, job: "JobShape | None") -> "Sequence[Problem]":
 
 
 def _run(config: Path, overrides: Sequence[str], *, nodes: int, netns: bool) -> "tuple[JobShape, Command]":
-    """A run of our own trainer, which saves its last state in any case, so that it can be compared."""
+    """A run of our own trainer, which saves its last state in any case, so that it can be compared.
+
+    Whatever the run has saved elsewhere is neither read nor written: its checkpoints lie in its folder of the drill.
+    """
     from distrain.core.checks import check_run
     from distrain.core.load import load
     from distrain.faults.command import launch_words
@@ -148,7 +151,7 @@ def _run(config: Path, overrides: Sequence[str], *, nodes: int, netns: bool) -> 
     shape = JobShape(world_size=run.launch.ranks, num_nodes=nodes, steps=run.train.steps, has_network=netns)
 
     def command(folder: Path) -> Sequence[str]:
-        sets = [*overrides, *saves, f"run_dir={folder}", "checkpoint.path="]
+        sets = [*overrides, *saves, f"run_dir={folder}", "checkpoint.path=", "checkpoint.tiers=[]"]
         if nodes > 1:
             words = launch_words(ranks=shape.world_size, nodes=nodes, netns=netns)
             return [*words, str(config), *sets]

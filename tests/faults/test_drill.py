@@ -89,9 +89,13 @@ def test_a_fault_that_changes_numbers_is_seen_in_the_final_state_and_missed_by_a
 
 
 def test_a_fault_that_never_fires_fails_the_drill(config: Path, tmp_path: Path) -> None:
+    """And the levels of storage of the run, where its real checkpoints are, are left alone."""
     plan = FaultPlan().inject("comm.delay", ranks=[0]).at(step=8, op=100_000)
+    with config.open("a") as file:
+        file.write(f'[[checkpoint.tiers]]\nurl = "{tmp_path}/real"\n')
     code, score, _ = drill(tmp_path, plan, str(config), "--no-reference")
     assert code == 1 and score["is_equal"] is None
+    assert not (tmp_path / "real").exists() and any((tmp_path / "out/faulty/checkpoints").glob("step-*"))
     assert score["problems"] == ["fault 0 (comm.delay) on 0: it did not fire"]
 
 
