@@ -99,8 +99,19 @@ class HuggingFaceSource:
         return self._with_head(self._inner.read())
 
     def parameter(self, name: str) -> Tensor:
-        """One of our decoder's parameters, whole, on the CPU."""
-        return self._files.tensor(self._theirs.get(name) or self._theirs["embed.weight"])
+        """One of our decoder's parameters, whole, on the CPU.
+
+        Raises:
+            ConfigError: the model has no parameter of this name.
+        """
+        stored = "embed.weight" if self._tied and name == "head.weight" else name
+        if stored not in self._theirs:
+            raise ConfigError(
+                "the model in Hugging Face's layout has no such parameter",
+                got=name,
+                allowed=", ".join(sorted(self._theirs)),
+            )
+        return self._files.tensor(self._theirs[stored])
 
     def _with_head(self, entries: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         for name, value in entries:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain.checkpoint.convert import convert
-from distrain.checkpoint.convert.hf import config_of, hf_name, our_name, shape_of
+from distrain.checkpoint.convert.hf import HuggingFaceSource, config_of, hf_name, our_name, shape_of
 from distrain.checkpoint.convert.run import open_source
 from distrain.checkpoint.errors import DamageError
 from distrain.checkpoint.torch_memory import array_of, dtype_name
@@ -155,6 +155,10 @@ def test_a_model_whose_head_is_its_embedding_gets_a_head(tmp_path: Path) -> None
     found = read(tmp_path / "ours")
     assert torch.equal(found["model.head.weight"], found["model.embed.weight"])
     assert len(found) == len(decoder().state_dict())
+    source = HuggingFaceSource(tmp_path / "hf")
+    assert torch.equal(source.parameter("head.weight"), found["model.embed.weight"])
+    with pytest.raises(ConfigError, match=r"layers\.2\.attn\.wq\.weight"):
+        source.parameter("layers.2.attn.wq.weight")
 
 
 def test_names_map_one_to_one() -> None:
