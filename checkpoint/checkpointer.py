@@ -215,7 +215,8 @@ class Checkpointer:
         return resume(
             self._tracked,
             client=client,
-            tiers=[tier.url for tier in self._tiers],
+            tiers=self._tiers,
+            node_rank=int(os.environ.get("GROUP_RANK", "0")),
             ranks=self._ranks,
             strict=strict,
             only=only,

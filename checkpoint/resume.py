@@ -6,7 +6,6 @@ and objects are applied only after every tensor is there.
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ import torch
 from distrain.core.sidecar_client import KeeperClient
 
 from .boxes import Item, apply_objects, collect, prepare_targets
+from .keeper_config import TierConfig, tier_name, tier_url
 from .ranks import Ranks
 from .restore import Source, choose_objects, restore
 from .rng import set_rng_state
 from .safe_state import decode
-from .tiers.posix import PosixStorage
+from .tiers import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +30,21 @@ def resume(
     tracked: dict[str, Any],
     *,
     client: KeeperClient | None,
-    tiers: Sequence[str],
+    tiers: Sequence[TierConfig],
+    node_rank: int,
     ranks: Ranks,
     strict: bool,
     only: int | None,
 ) -> int | None:
     """Bring ``tracked`` to the newest step that all ranks can read, or to ``only``; that step, None if there is none.
 
-    Memory is read through ``client``, disks at the URLs of ``tiers`` that are folders here.
+    Memory is read through ``client``, and ``tiers`` where they are seen from the node of ``node_rank``. Ranks read from
+    what their own node sees: a step of which each node has a part on a disk of its own is passed over.
 
     Raises:
         ConfigError: what was saved does not fit what is tracked; lists all that does not.
+        StorageError: a tier cannot be listed.
+        MissingDependencyError: the package of a tier's store is not there.
     """
     filled: list[Item] = []
 
@@ -49,11 +53,18 @@ def resume(
         filled[:] = collect(tracked).items
         return filled
 
-    folders = [Path(url) for url in tiers if "://" not in url]
+    if any(ranks.gather(node_rank)) and ranks.rank == 0:
+        for tier in tiers:
+            if not tier.shared:
+                log.warning(
+                    "steps on %s serve only where every node has all of them: nodes do not read each other's disks",
+                    tier_name(tier),
+                )
     source = restore(
         targets,
         client=client,
-        tiers=[PosixStorage(folder) for folder in folders if folder.is_dir()],
+        # Also those of which there is nothing on this node yet: the ranks go through the tiers together.
+        tiers=[open_storage(tier_url(tier, node_rank=node_rank)) for tier in tiers],
         ranks=ranks,
         strict=strict,
         only=only,

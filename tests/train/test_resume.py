@@ -94,19 +94,23 @@ def eventually(condition: Callable[[], bool], *, within_s: float) -> bool:
 def test_a_run_goes_on_under_other_layouts(config: Path) -> None:
     """tp x pp, then ZeRO-1, then tp x FSDP2: one curve. Every tensor is cut otherwise each time.
 
-    The second goes on from the near one of two levels of storage, the third from the far one.
+    The second goes on from the near one of two levels of storage, a disk of the node, the third from the far one.
     """
     train(config, *TP_PP)
     whole = losses(config)
     (config.parent / "run" / "events.jsonl").unlink()
-    near, far = config.parent / "near", config.parent / "far"
-    tiers = [{"url": str(near), "keep_last": 1}, {"url": str(far), "every": 100}]
+    near, far = config.parent / "near-0", config.parent / "far"
+    tiers = [
+        {"url": f"{config.parent}/near-{{node}}", "shared": False, "keep_last": 1},
+        {"url": f"file://{far}", "every": 100},
+    ]
     saving = ("checkpoint.every=1", f"checkpoint.tiers={json.dumps(tiers)}")
     for steps, layout in ((2, TP_PP), (4, ZERO1), (6, TP_FSDP2)):
         kill_keepers(config.parent)  # from the disk
-        if steps == 6:
-            shutil.rmtree(near)
-        train(config, *saving, f"train.steps={steps}", *layout)
+        if steps > 2:
+            shutil.rmtree(far if steps == 4 else near)
+        output = train(config, *saving, f"train.steps={steps}", *layout)
+        assert steps == 2 or f"resumed after step {steps - 2}" in output
         assert (near / f"step-{steps:08}").is_dir()
     assert {path.name for path in far.glob("step-*")} >= {"step-00000004", "step-00000006"}
     assert losses(config) == pytest.approx(whole, rel=1e-9)
