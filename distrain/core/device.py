@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -202,8 +203,13 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        numel = prod(shape)
+        if numel == 0:
+            return torch.empty(shape, dtype=dtype)
         with torch.cuda.device(self.torch_device):
-            return page_locked(*shape, dtype=dtype, synchronize=self.synchronize)
+            runtime: Any = torch.cuda.cudart()
+            pages = page_locked(numel * dtype.itemsize, runtime=runtime, synchronize=self.synchronize)
+        return torch.frombuffer(pages, dtype=dtype, count=numel).view(shape)
 
     def memory_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(self.torch_device).total_memory)
