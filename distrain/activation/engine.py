@@ -22,7 +22,7 @@ RESTORED = 2
 
 
 MOST_REMEMBERED = 256
-"""recipes of the same process groups, and forms of layers: as lengths vary there is no end to them"""
+"""recipes, and forms of layers: as lengths vary there is no end to them"""
 
 
 @dataclass(slots=True)
@@ -32,9 +32,6 @@ class Known:
     recipe: Recipe
     wrong: dict[int, frozenset[int]] = field(default_factory=dict)
     """by layer: saved values that it makes, but not as they were"""
-
-
-Groups = tuple[dist.ProcessGroup, ...]
 
 
 class Restorable(Protocol):
@@ -76,32 +73,33 @@ class Engine:
         self.traffic = Traffic(device)
         self.ledger = Ledger()
         self._groups = groups
-        self._recipes: dict[Groups, dict[Hashable, Known]] = {}
+        self._recipes: dict[Hashable, Known] = {}
         self._frames: WeakSet[Restorable] = WeakSet()
         self._forms: dict[tuple[int, int], Hashable] = {}
         self._last: tuple[int, int] = (-1, 0)
         self._restored: list[Callable[[], Restorable | None]] = []
 
-    def known(self, key: Hashable, write: Callable[[], Recipe], *, groups: Groups) -> Known:
-        """The recipe of equal layers that save equal tensors, written once.
-
-        Ranks of ``groups`` write and try it together, and must forget it together: a rank that shares its layers with
-        others at other times remembers those apart.
-        """
-        recipes = self._recipes.setdefault(groups, {})
-        known = recipes.get(key)
+    def known(self, key: Hashable, write: Callable[[], Recipe]) -> Known:
+        """The recipe of equal layers that save equal tensors, written once."""
+        known = self._recipes.get(key)
         if known is None:
-            known = recipes[key] = Known(write())
-            _forget_oldest(recipes)
+            known = self._recipes[key] = Known(write())
+            _forget_oldest(self._recipes)
         return known
 
-    def prober(self, *, num_tokens: int, start: int, groups: Groups) -> Prober:
-        """One that tries operators on tokens ``start`` to the end, as all ranks of ``groups`` do."""
+    def may_try(self, recipe: Recipe) -> bool:
+        """Whether all ranks that its collectives need would try it too.
+
+        Ranks of the manager's groups compute the same layers and write the same recipes at the same time. Of others
+        nothing is known: where lengths differ between them, one has seen a form before that is new to another.
+        """
+        ours = {group.group_name for group in self._groups}
+        return {step.node.group_name for step in recipe.steps} <= {None, *ours}
+
+    def prober(self, *, num_tokens: int, start: int) -> Prober:
+        """One that tries operators on tokens ``start`` to the end."""
         return Prober(
-            num_tokens=num_tokens,
-            start=start,
-            device=self.device.torch_device,
-            agree=lambda found: self.all_agree(found, groups),
+            num_tokens=num_tokens, start=start, device=self.device.torch_device, agree=self.all_agree
         )
 
     def settled(self, frame: Restorable, *, num_tokens: int) -> None:
@@ -146,13 +144,12 @@ class Engine:
         if frame is not None and frame.fetch():
             self.ledger.num_fetched_ahead += 1
 
-    def all_agree(self, found: bool, groups: Groups) -> bool:
-        """Whether every rank that computes the layer found so; ``groups`` are those of its own collectives."""
-        together = dict.fromkeys((*self._groups, *groups))
-        if not together:
+    def all_agree(self, found: bool) -> bool:
+        """Whether every rank that computes the layer found so."""
+        if not self._groups:
             return found
         verdict = torch.tensor(int(found), device=self.device.torch_device)
-        for group in together:
+        for group in self._groups:
             dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
         return bool(verdict.item())
 

@@ -67,6 +67,15 @@ class Node(NamedTuple):
         """Whether it is a collective that fills its first argument and returns work to wait for."""
         return bool(self.func.namespace == "c10d")
 
+    @property
+    def group_name(self) -> str | None:
+        """Of the process group whose ranks do it together; None if it is no collective."""
+        if self.is_call:
+            return next((each.group.group_name for each in self.args if isinstance(each, Group)), "")
+        if not self.func.namespace.startswith("_c10d_functional") or self.name == "wait_tensor":
+            return None
+        return next((each for each in reversed(self.args) if isinstance(each, str)), "")
+
 
 class Draw(NamedTuple):
     """Where a generator was before an operator drew from it."""
@@ -82,12 +91,6 @@ class Program(NamedTuple):
     windows: tuple[Window, ...]
     """of each value"""
     origins: tuple[tuple[int, Origin], ...]
-
-    @property
-    def groups(self) -> tuple[dist.ProcessGroup, ...]:
-        """Whose ranks compute the layer together, as far as its collectives say so; in order."""
-        calls = (each for node in self.nodes if node.is_call for each in node.args)
-        return tuple(dict.fromkeys(each.group for each in calls if isinstance(each, Group)))
 
 
 def tensors_in(result: Any) -> list[Tensor | None]:

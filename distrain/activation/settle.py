@@ -5,7 +5,7 @@ can neither be cut nor made again goes where the plan puts whole tensors. If the
 the device: that costs memory, never correctness, and is counted.
 
 A recipe is what the tape saw, and not all can be seen. So each is tried once, on the layer's own data, before anything
-is let go for its sake.
+is let go for its sake; but not if it holds collectives of ranks that may not try it at the same time.
 """
 
 import torch
@@ -54,11 +54,10 @@ def _remake(frame: Frame, plan: LayerPlan, program: Program, num_tokens: int) ->
     start = num_tokens - max(split.recompute for split in plan.splits)
     everything = plan.attention.recompute > 0
     tried = start if 0 < start < num_tokens else num_tokens // 2 // TOKENS * TOKENS or num_tokens // 2
-    groups = program.groups
     spoiled = tape.spoiled_values() | frame.freed(program)
 
     def write_it() -> Recipe:
-        prober = None if everything else engine.prober(num_tokens=num_tokens, start=tried, groups=groups)
+        prober = None if everything else engine.prober(num_tokens=num_tokens, start=tried)
         return write(
             program,
             saved,
@@ -79,11 +78,12 @@ def _remake(frame: Frame, plan: LayerPlan, program: Program, num_tokens: int) ->
         everything,
     )
     while True:
-        known = engine.known((*same, frozenset(spoiled)), write_it, groups=groups)
+        known = engine.known((*same, frozenset(spoiled)), write_it)
         remake = _from(frame, known.recipe, program, num_tokens=num_tokens, start=start)
         wrong = known.wrong.get(frame.index)
         if wrong is None:
-            wrong = known.wrong[frame.index] = _wrong(frame, remake)
+            may_try = engine.may_try(known.recipe)
+            wrong = known.wrong[frame.index] = _wrong(frame, remake) if may_try else frozenset()
         if not wrong:
             return remake
         spoiled |= wrong
@@ -120,8 +120,7 @@ def _wrong(frame: Frame, remake: Remake) -> frozenset[int]:
         found[value] = same(result, truth)
 
     frame.replay(remake, compare)
-    agree, groups = frame.engine.all_agree, remake.program.groups
-    return frozenset(value for value in sorted(found) if not agree(found[value], groups))
+    return frozenset(value for value in sorted(found) if not frame.engine.all_agree(found[value]))
 
 
 def _split(unit: Unit, plan: LayerPlan, remake: Remake | None, ledger: Ledger) -> Split:

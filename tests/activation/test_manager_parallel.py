@@ -1,11 +1,13 @@
 """Managed layers under tensor, pipeline, data and sequence parallelism: every gradient and weight to the bit."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -267,3 +269,55 @@ def disagree(rank: int, world_size: int) -> str:
 @pytest.mark.ranks
 def test_ranks_of_a_group_with_different_plans_all_refuse_to_start() -> None:
     assert all("different activation plans" in text for text in run_ranks(disagree, 2))
+
+
+class CentredOverRanks(torch.autograd.Function):
+    """Takes away the sum of all ranks' means, of however many tokens each has."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        assert dist.group.WORLD is not None
+        total: torch.Tensor = functional.all_reduce(x.mean((0, 1)), "sum", dist.group.WORLD)
+        return x - total
+
+    @staticmethod
+    def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = CentredOverRanks.apply(self.inner(x).sin())  # type: ignore[no-untyped-call]
+        done: torch.Tensor = x + self.outer(centred.exp())
+        return done
+
+
+def one_rank_has_another_length(rank: int, world_size: int, mode: str) -> list[list[float]]:
+    """Losses and gradients of each step, without a manager and with one."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(Centred(), Centred())
+    runs = []
+    for plan in (None, plan_of(mode, 2, 256)):
+        found = []
+        with ActivationManager(layers, plan) if plan else nullcontext():
+            for step, num_tokens in enumerate((256, 384 if rank else 256, 256)):
+                layers.zero_grad()
+                x = torch.randn(1, num_tokens, 16, generator=torch.Generator().manual_seed(step))
+                loss = layers(x.requires_grad_()).square().mean()
+                loss.backward()
+                grads = [
+                    weight.grad.sum().item() for weight in layers.parameters() if weight.grad is not None
+                ]
+                found += [loss.item(), *grads]
+        runs.append(found)
+    return runs
+
+
+@pytest.mark.parametrize("mode", ["recompute", "memo-0.5"])
+def test_collectives_of_ranks_with_other_lengths_are_never_done_by_one_alone(mode: str) -> None:
+    for true, managed in run_ranks(one_rank_has_another_length, 2, mode):
+        assert managed == true

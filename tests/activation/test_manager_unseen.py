@@ -312,7 +312,7 @@ def test_what_is_remembered_has_an_end() -> None:
     written: list[int] = []
 
     def ask(key: int) -> None:
-        engine.known(key, lambda: written.append(key) or Recipe((), {}, {}, -1), groups=())  # type: ignore[func-returns-value]
+        engine.known(key, lambda: written.append(key) or Recipe((), {}, {}, -1))  # type: ignore[func-returns-value]
 
     for key in range(MOST_REMEMBERED + 1):
         ask(key)
@@ -321,19 +321,3 @@ def test_what_is_remembered_has_an_end() -> None:
     assert written == list(range(MOST_REMEMBERED + 1)), "what is young is known"
     ask(0)
     assert written[-1] == 0, "what is old was forgotten"
-
-
-def test_what_some_ranks_found_out_together_is_not_forgotten_for_what_one_of_them_does_with_others() -> None:
-    engine = Engine(CpuDevice(), HostPool(CpuDevice()), groups=())
-    written: list[str] = []
-
-    def ask(key: str, group: Any) -> None:
-        recipe = Recipe((), {}, {}, -1)
-        engine.known(key, lambda: written.append(key) or recipe, groups=(group,))  # type: ignore[func-returns-value]
-
-    ours, others = object(), object()
-    ask("ours", ours)
-    for number in range(2 * MOST_REMEMBERED):
-        ask(f"theirs {number}", others)
-    ask("ours", ours)  # tried again by this rank alone, its collectives would wait for ever
-    assert written.count("ours") == 1
