@@ -10,11 +10,11 @@ def save(path: Path | str, text: str) -> None:
 
     A link stays a link; what is no file, such as a pipe, is written to as it is.
     """
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        path.write_text(text)
+    if os.path.exists(path) and not os.path.isfile(path):  # first: the link to an open pipe names no path
+        Path(path).write_text(text)
         return
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".plan.")
     try:
         with os.fdopen(handle, "w") as file:

@@ -109,7 +109,11 @@ def _unwritable(path: Path | None) -> Iterator[Problem]:
     """Why a file cannot be written, as far as can be told before planning."""
     if path is None:
         return
-    folder = path.absolute().parent
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # such as /dev/stdout
+        if not os.access(path, os.W_OK):
+            yield Problem("this cannot be written", str(path), "what may be written to")
+        return
+    folder = Path(os.path.realpath(path)).parent
     while not os.path.exists(
         folder
     ):  # unlike a Path, takes a name that is too long for one that is not there

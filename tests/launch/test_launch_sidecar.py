@@ -24,8 +24,6 @@ Until = Callable[[Callable[[], object], str], None]
 SAVE = f"""
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from distrain.launch import sidecar
-from distrain.launch.signals import Signals
 from helpers.keepers import Keepers, config_of, local
 folder, world = Path(sys.argv[1]), int(os.environ['WORLD_SIZE'])
 node, nodes = int(os.environ['GROUP_RANK']), int(os.environ['GROUP_WORLD_SIZE'])
@@ -97,8 +95,6 @@ def test_a_killed_keeper_is_started_again_by_the_launcher(
     again = """
 pid = me.client.status()['pid']
 os.kill(pid, signal.SIGKILL)
-from distrain.launch import sidecar
-from distrain.launch.signals import Signals
 from helpers.keepers import until
 from distrain.core.sidecar_client import KeeperLost
 def other():

@@ -1,6 +1,7 @@
 """Plans as files."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ def test_a_save_that_fails_leaves_the_old_plan_and_no_litter(
         replace(PLAN, objective=9.0).save(path)
     assert ParallelPlan.load(path) == PLAN
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_open_pipe_is_written_to_and_a_loop_of_links_refused(tmp_path: Path) -> None:
+    source, sink = os.pipe()
+    with os.fdopen(source) as reader:
+        with os.fdopen(sink, "w"):
+            PLAN.save(Path(f"/proc/self/fd/{sink}"))
+        assert ParallelPlan.from_json(reader.read()) == PLAN
+    loop = tmp_path / "plan.json"
+    loop.symlink_to(tmp_path / "other.json")
+    (tmp_path / "other.json").symlink_to(loop)
+    with pytest.raises(FileExistsError):
+        PLAN.save(loop / "plan.json")
 
 
 def test_every_problem_of_a_file_is_listed_at_once() -> None:

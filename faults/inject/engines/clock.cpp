@@ -5,7 +5,9 @@
 //      process ──► sem_timedwait(until)          ──► the offset is taken away, and libc: the kernel has the right time
 //
 // Functions that wait until a time of day get it back as the kernel knows it, so that a wait lasts as long as it would
-// if the whole machine were wrong. A time that is not of day (since boot) is known by its smallness.
+// if the whole machine were wrong. A time that is not of day (since boot) is known by its smallness. Timers
+// (timer_settime, timerfd_settime), message queues (mq_timedsend, mq_timedreceive) and whoever asks the kernel itself
+// (futex) are not seen: there a wait until a time of day is wrong by the offset.
 
 #include <atomic>
 #include <cstdint>
@@ -18,14 +20,15 @@
 namespace {
 
 constexpr int64_t kSecond = 1'000'000'000;
-constexpr int64_t kDayTimes = 500'000'000;  // seconds: later than any time since boot, earlier than any time of day
+constexpr int64_t kDayTimes = 250'000'000;  // seconds: later than any time since boot, earlier than any time of day
 constexpr int64_t kFarAway = int64_t{1} << 33;  // seconds: who waits until then waits for ever
 
 std::atomic<int64_t> offset_ns{0};
 std::atomic<int64_t> until_ns{0};  // since boot; 0: for good
 
-// A function of libc, looked up when it is first called. Nothing here needs the C++ library: every process of the job
-// loads this file first, and some bring a newer one along.
+// A function of libc, looked up when this library is loaded (`look_up`), and if it is called before that, then: whoever
+// holds a lock may not wait for the loader's, and what the loader says of a failure is for somebody else. Nothing here
+// needs the C++ library: every process of the job loads this file first, and some bring a newer one along.
 template <typename F>
 class Libc {
   public:
@@ -33,7 +36,8 @@ class Libc {
 
     F get() {
         void* found = found_.load(std::memory_order_acquire);
-        if (!found && version_) found = dlvsym(RTLD_NEXT, name_, version_);
+        if (found) return reinterpret_cast<F>(found);
+        if (version_) found = dlvsym(RTLD_NEXT, name_, version_);
         if (!found) found = dlsym(RTLD_NEXT, name_);
         found_.store(found, std::memory_order_release);
         return reinterpret_cast<F>(found);
@@ -47,14 +51,38 @@ class Libc {
 
 Libc<int (*)(clockid_t, timespec*)> libc_gettime("clock_gettime");
 Libc<int (*)(timeval*, void*)> libc_gettimeofday("gettimeofday");
+Libc<int (*)(timespec*, int)> libc_timespec_get("timespec_get");
 Libc<int (*)(pthread_cond_t*, pthread_mutex_t*, const timespec*)> libc_cond_timedwait(
     "pthread_cond_timedwait", "GLIBC_2.3.2");  // not the older one of x86-64
 Libc<int (*)(pthread_cond_t*, pthread_mutex_t*, clockid_t, const timespec*)> libc_cond_clockwait(
     "pthread_cond_clockwait");
 Libc<int (*)(pthread_mutex_t*, const timespec*)> libc_mutex_timedlock("pthread_mutex_timedlock");
+Libc<int (*)(pthread_mutex_t*, clockid_t, const timespec*)> libc_mutex_clocklock("pthread_mutex_clocklock");
+Libc<int (*)(pthread_rwlock_t*, const timespec*)> libc_rwlock_timedrdlock("pthread_rwlock_timedrdlock");
+Libc<int (*)(pthread_rwlock_t*, const timespec*)> libc_rwlock_timedwrlock("pthread_rwlock_timedwrlock");
+Libc<int (*)(pthread_rwlock_t*, clockid_t, const timespec*)> libc_rwlock_clockrdlock("pthread_rwlock_clockrdlock");
+Libc<int (*)(pthread_rwlock_t*, clockid_t, const timespec*)> libc_rwlock_clockwrlock("pthread_rwlock_clockwrlock");
 Libc<int (*)(sem_t*, const timespec*)> libc_sem_timedwait("sem_timedwait");
 Libc<int (*)(sem_t*, clockid_t, const timespec*)> libc_sem_clockwait("sem_clockwait");
 Libc<int (*)(clockid_t, int, const timespec*, timespec*)> libc_nanosleep("clock_nanosleep");
+
+__attribute__((constructor)) void look_up() {
+    libc_gettime.get();
+    libc_gettimeofday.get();
+    libc_timespec_get.get();
+    libc_cond_timedwait.get();
+    libc_cond_clockwait.get();
+    libc_mutex_timedlock.get();
+    libc_mutex_clocklock.get();
+    libc_rwlock_timedrdlock.get();
+    libc_rwlock_timedwrlock.get();
+    libc_rwlock_clockrdlock.get();
+    libc_rwlock_clockwrlock.get();
+    libc_sem_timedwait.get();
+    libc_sem_clockwait.get();
+    libc_nanosleep.get();
+    dlerror();  // of what an older libc lacks
+}
 
 int64_t offset() {
     const int64_t shift = offset_ns.load(std::memory_order_acquire);
@@ -75,7 +103,7 @@ timespec shifted(const timespec& time, int64_t by_ns) {
 
 // A time until which somebody wants to wait, as the kernel counts.
 timespec kernels(const timespec* until) {
-    const bool is_of_day = until->tv_sec >= kDayTimes / 2 && until->tv_sec < kFarAway;
+    const bool is_of_day = until->tv_sec >= kDayTimes && until->tv_sec < kFarAway;
     const bool is_valid = until->tv_nsec >= 0 && until->tv_nsec < kSecond;
     return is_of_day && is_valid ? shifted(*until, -offset()) : *until;
 }
@@ -84,8 +112,10 @@ timespec kernels(const timespec* until) {
 
 extern "C" {
 
-// From now on, and until a time since boot (0: for good).
+// From now on, and until a time since boot (0: for good). The clock is right while it changes: nobody must find what
+// was until some time together with what is for good.
 void distrain_skew(int64_t by_ns, int64_t until) {
+    offset_ns.store(0, std::memory_order_release);
     until_ns.store(until, std::memory_order_release);
     offset_ns.store(by_ns, std::memory_order_release);
 }
@@ -98,9 +128,11 @@ int clock_gettime(clockid_t clock, timespec* now) {
 
 int gettimeofday(timeval* now, void* zone) {
     const int code = libc_gettimeofday.get()(now, zone);
-    const timespec wrong = shifted({now->tv_sec, now->tv_usec * 1000}, offset());
-    now->tv_sec = wrong.tv_sec;
-    now->tv_usec = wrong.tv_nsec / 1000;
+    if (code == 0 && now) {
+        const timespec wrong = shifted({now->tv_sec, now->tv_usec * 1000}, offset());
+        now->tv_sec = wrong.tv_sec;
+        now->tv_usec = wrong.tv_nsec / 1000;
+    }
     return code;
 }
 
@@ -112,7 +144,8 @@ time_t time(time_t* where) {
 }
 
 int timespec_get(timespec* now, int base) {
-    return base == TIME_UTC && clock_gettime(CLOCK_REALTIME, now) == 0 ? base : 0;
+    if (base != TIME_UTC) return libc_timespec_get.get()(now, base);
+    return clock_gettime(CLOCK_REALTIME, now) == 0 ? base : 0;
 }
 
 int pthread_cond_timedwait(pthread_cond_t* cond, pthread_mutex_t* mutex, const timespec* until) {
@@ -128,6 +161,31 @@ int pthread_cond_clockwait(pthread_cond_t* cond, pthread_mutex_t* mutex, clockid
 int pthread_mutex_timedlock(pthread_mutex_t* mutex, const timespec* until) {
     const timespec right = kernels(until);
     return libc_mutex_timedlock.get()(mutex, &right);
+}
+
+int pthread_mutex_clocklock(pthread_mutex_t* mutex, clockid_t clock, const timespec* until) {
+    const timespec right = kernels(until);
+    return libc_mutex_clocklock.get()(mutex, clock, &right);
+}
+
+int pthread_rwlock_timedrdlock(pthread_rwlock_t* lock, const timespec* until) {
+    const timespec right = kernels(until);
+    return libc_rwlock_timedrdlock.get()(lock, &right);
+}
+
+int pthread_rwlock_timedwrlock(pthread_rwlock_t* lock, const timespec* until) {
+    const timespec right = kernels(until);
+    return libc_rwlock_timedwrlock.get()(lock, &right);
+}
+
+int pthread_rwlock_clockrdlock(pthread_rwlock_t* lock, clockid_t clock, const timespec* until) {
+    const timespec right = kernels(until);
+    return libc_rwlock_clockrdlock.get()(lock, clock, &right);
+}
+
+int pthread_rwlock_clockwrlock(pthread_rwlock_t* lock, clockid_t clock, const timespec* until) {
+    const timespec right = kernels(until);
+    return libc_rwlock_clockwrlock.get()(lock, clock, &right);
 }
 
 int sem_timedwait(sem_t* semaphore, const timespec* until) {
