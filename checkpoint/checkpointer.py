@@ -183,7 +183,12 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except DataError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # what ends the loop already says more
 
     # -- restoring
 
@@ -273,6 +278,7 @@ class Checkpointer:
         except (KeeperLost, KeeperRefused) as error:
             self._count(failures=1)
             log.error("the snapshot of step %d is lost: %s", slot.step, error)
+            self._error = self._error or f"the snapshot of step {slot.step} is lost: {error}"
 
     def _finish_copy(self) -> None:
         if self._running is not None:

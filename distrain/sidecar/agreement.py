@@ -88,6 +88,8 @@ class Agreement:
         """ranks by step that they will not save"""
         self._ended: set[int] = set()
         """ranks that are there, and will save nothing more"""
+        self._left: set[int] = set()
+        """ranks that were there"""
         self._last: dict[int, int] = {}
         self._out: list[Output] = []
 
@@ -194,6 +196,7 @@ class Agreement:
         self._ended.discard(rank)
         if message["is_there"]:
             self._present.add(rank)
+            self._left.discard(rank)
         for number, order in message["holds"]:
             if number not in self._steps:
                 self._steps[number] = _Step()
@@ -250,11 +253,12 @@ class Agreement:
         """Whatever others have of steps that this rank has not begun, none of these will ever be complete."""
         self._ended.add(message["rank"])
         for number in list(self._steps):
-            self._lose_without_ended(number, ranks={message["rank"]})
+            self._lose_without_ended(number, ranks={message["rank"], *self._left})
 
     def _on_left(self, member: int, message: Message) -> None:
         rank = message["rank"]
         self._ended.discard(rank)
+        self._left.add(rank)
         for ranks in self._skipped.values():
             ranks.discard(rank)
         for number in [n for n, s in self._steps.items() if rank not in s.sealed]:

@@ -177,6 +177,15 @@ def test_a_checkpoint_that_is_given_up_ends_a_strict_loop(tmp_path: Path) -> Non
     assert "step 1" in str(caught.value) and "is given up" in str(caught.value)
 
 
+def test_what_ends_a_strict_loop_is_not_hidden_by_a_checkpoint_that_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tiers = [TierConfig(url=str(tmp_path / "file" / "below"))]
+    checkpoints = Loop().track(Checkpointer(tmp_path / "run", tiers=tiers, strict=True, device="cpu"))
+    with pytest.raises(KeyboardInterrupt), checkpoints:
+        checkpoints.step(1)
+        raise KeyboardInterrupt
+
+
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     checkpoints = Checkpointer(tmp_path / "run", device="cpu")
     checkpoints.track(thing=object())

@@ -1,5 +1,6 @@
 """The device seam: one test for CPU and GPU wherever both must behave the same."""
 
+import mmap
 import time
 
 import pytest
@@ -54,11 +55,18 @@ def test_pinned_memory_has_the_shape_asked_for_and_is_pinned_where_it_matters(de
     assert memory.is_pinned() == (device.torch_device.type == "cuda")
 
 
+def filled_pages(num_bytes: int) -> mmap.mmap:
+    """Memory straight from the system: malloc may have as much that is free and in RAM already."""
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.write(b"1" * num_bytes)
+    return pages
+
+
 def test_the_peak_of_memory_follows_an_allocation(device: Device) -> None:
     device.reset_peak_memory()
     before = device.peak_memory_bytes()
     if device.torch_device.type == "cpu":
-        block: object = b"1" * (64 * MIB)  # from the system, not from what torch's allocator has kept
+        block: object = filled_pages(64 * MIB)
     else:
         block = torch.ones(64 * MIB, dtype=torch.uint8, device=device.torch_device)
     device.synchronize()

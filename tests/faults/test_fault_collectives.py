@@ -363,7 +363,9 @@ def threads_that_stay(rank: int, world_size: int) -> set[str]:
         del group
         deadline = time.monotonic() + 30
         # One that was joined may still be listed, until the kernel has taken it out.
-        while (left := set(os.listdir("/proc/self/task")) & (during - before)) and time.monotonic() < deadline:
+        while (
+            left := set(os.listdir("/proc/self/task")) & (during - before)
+        ) and time.monotonic() < deadline:
             time.sleep(0.001)
         return left
 

@@ -90,7 +90,7 @@ def test_numbers_beyond_reckoning_are_refused(wrong: str, message: str, tmp_path
     path.write_text("\n".join([*lines[:at], wrong, *lines[at:]]))
     with pytest.raises(ConfigError, match=message) as caught:
         load_cost(path)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value).replace(str(path), "")) < 300
 
 
 def test_a_file_of_windows_is_read(tmp_path: Path) -> None:

@@ -310,6 +310,17 @@ def test_a_rank_that_has_ended_is_not_waited_for_by_those_that_go_on(talk: Talk)
     assert talk.told("lost") == [2] and talk.told("protected") == [1, 3]
 
 
+def test_a_rank_that_has_left_is_not_waited_for_at_the_end_either(talk: Talk) -> None:
+    talk.save(1)
+    talk.end(1)
+    talk.take("left", 1, rank=1)
+    talk.open(0, 2)
+    talk.seal(0, 2)
+    assert not talk.told("lost")  # it may come back
+    talk.end(0)
+    assert talk.told("lost") == [2]
+
+
 def test_ranks_that_do_not_come_back_with_a_step_are_not_waited_for_for_ever() -> None:
     talk = Talk()
     talk.come(0, holds=(4,))

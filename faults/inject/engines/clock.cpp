@@ -128,7 +128,8 @@ int clock_gettime(clockid_t clock, timespec* now) {
 
 int gettimeofday(timeval* now, void* zone) {
     const int code = libc_gettimeofday.get()(now, zone);
-    if (code == 0 && now) {
+    timeval* volatile given = now;  // declared as never null, which callers do not heed
+    if (code == 0 && given) {
         const timespec wrong = shifted({now->tv_sec, now->tv_usec * 1000}, offset());
         now->tv_sec = wrong.tv_sec;
         now->tv_usec = wrong.tv_nsec / 1000;
