@@ -40,7 +40,8 @@ def values_of(kind: type) -> st.SearchStrategy[Any]:
     """Any value of a type that a key can have."""
     if rows := [each for each in get_args(kind) if is_dataclass(each)]:
         cells = {leaf: values_of(cell) for leaf, cell in get_type_hints(rows[0]).items()}
-        return st.lists(st.builds(rows[0], **cells), max_size=2).map(tuple)
+        row: Any = rows[0]
+        return st.lists(st.builds(row, **cells), max_size=2).map(tuple)
     return st.sampled_from(list(kind)) if issubclass(kind, StrEnum) else VALUES[kind]
 
 
@@ -301,11 +302,11 @@ def test_tables_of_a_list_become_rows_in_their_order(tmp_path: Path) -> None:
 
 
 def test_every_problem_of_every_table_of_a_list_is_named(tmp_path: Path) -> None:
-    text = TIERS.replace("shared = false", 'shared = "no"').replace("bytes_per_s = 5", "evry = 5\nname = 7")
+    text = TIERS.replace("shared = false", 'shared = "no"').replace("bytes_per_s = 5", "everyy = 5\nname = 7")
     found = problems_of(write(tmp_path, text))
     assert [problem.error for problem in found] == [
         "checkpoint.tiers.shared has the wrong type",
-        "[[checkpoint.tiers]] has no key evry",
+        "[[checkpoint.tiers]] has no key everyy",
         "checkpoint.tiers.name has the wrong type",
     ]
     assert "table 1" in found[0].got and "table 2" in found[1].got and found[1].hint == "every"
