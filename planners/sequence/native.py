@@ -1,6 +1,6 @@
 """Calls ``waves.cpp``, the search that plans waves in milliseconds.
 
-The search counts its work and stops after some ten thousand placements for each millisecond it is given, which it
+The search counts its work and stops after some 36 thousand placements for each millisecond it is given, which it
 does in about three quarters of the time on a processor of the last years: so a plan depends on lengths, cost model,
 limit and seed, and not on the machine or on what else runs there. Where that is too much, the clock ends the search,
 and the plan says so: after the time given, of which what other processes take does not count, up to a second.
