@@ -39,7 +39,7 @@ PRELOAD = [
 ]
 COLLECTIVE_TIMEOUT_S = 100.0
 GRACE_S = 1.0  # how long the others may go on after the first failure, to say what happened to them
-DUMP_S = 2.0
+DUMP_S = 10.0
 
 
 class RankFailure(AssertionError):
@@ -211,9 +211,14 @@ def _dump(silent: list[_Rank]) -> list[str]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.process.pid, signal.SIGUSR1)
     deadline = time.monotonic() + DUMP_S
-    while time.monotonic() < deadline and not all(_written(rank.stacks) for rank in silent):
+    while time.monotonic() < deadline and not all(map(_is_whole, silent)):
         time.sleep(0.01)
     return [_written(rank.stacks) or "no stack to show" for rank in silent]
+
+
+def _is_whole(rank: _Rank) -> bool:
+    """Whether the dump has come to its end, the outermost frame of the main thread."""
+    return _written(rank.stacks).endswith("in <module>\n")
 
 
 def _written(path: Path) -> str:
