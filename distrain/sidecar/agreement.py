@@ -21,9 +21,9 @@ go in, and come out as messages and as things to do (``Commit``, ``Retry``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from .progress import Attempt, StepProgress
 from .terms import (
     MEMORY,
     Commit,
@@ -40,40 +40,6 @@ from .terms import (
 REMEMBERED_STEPS = 64
 
 
-@dataclass(slots=True)
-class _Attempt:
-    name: str
-    source: int
-    tries: int
-    digests: dict[int, str] = field(default_factory=dict)
-    active: bool = True
-    committing: bool = False
-
-
-@dataclass(slots=True)
-class _Step:
-    is_decided: bool = False
-    """its tiers have been chosen"""
-    durable: bool = False
-    streams: bool = False
-    opened: dict[int, int] = field(default_factory=dict)
-    """order of the snapshot by rank: a step that is saved again gets others"""
-    sealed: dict[int, int] = field(default_factory=dict)
-    """member by rank"""
-    protected: bool = False
-    waiting: list[int] = field(default_factory=list)
-    """tiers whose turn has not come"""
-    attempts: dict[int, _Attempt] = field(default_factory=dict)
-    """by tier"""
-    committed: dict[int, str] = field(default_factory=dict)
-    """folder by tier"""
-
-    @property
-    def tiers(self) -> set[int]:
-        """Where the step is, or is to be."""
-        return {*self.waiting, *self.attempts, *self.committed}
-
-
 class Agreement:
     """The coordinator's mind. ``new_name`` names attempts."""
 
@@ -83,7 +49,7 @@ class Agreement:
         """ranks by keeper"""
         self._present: set[int] = set()
         """ranks that are there"""
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, StepProgress] = {}
         self._skipped: dict[int, set[int]] = {}
         """ranks by step that they will not save"""
         self._ended: set[int] = set()
@@ -199,7 +165,7 @@ class Agreement:
             self._left.discard(rank)
         for number, order in message["holds"]:
             if number not in self._steps:
-                self._steps[number] = _Step()
+                self._steps[number] = StepProgress()
                 self._out.append(Retry(MEMORY, number, self._rules.rejoin_s))
             step = self._steps[number]
             step.opened[rank] = order
@@ -223,7 +189,7 @@ class Agreement:
             and self._steps[number].opened.get(rank, message["order"]) != message["order"]
         ):
             self._lose(number, f"rank {rank} saves it again")
-        step = self._steps.setdefault(number, _Step())
+        step = self._steps.setdefault(number, StepProgress())
         step.opened[rank] = message["order"]
         step.streams |= message["streams"]
         skipped = self._skipped.setdefault(number, set())
@@ -283,25 +249,25 @@ class Agreement:
 
     # -- decisions
 
-    def _active(self) -> Iterator[tuple[int, int, _Attempt]]:
+    def _active(self) -> Iterator[tuple[int, int, Attempt]]:
         for number, step in self._steps.items():
             for tier, attempt in step.attempts.items():
                 if attempt.active:
                     yield number, tier, attempt
 
-    def _found(self, commit: Commit) -> _Step | None:
+    def _found(self, commit: Commit) -> StepProgress | None:
         """The step of a commit, unless another attempt has taken its place."""
         step = self._steps.get(commit.step)
         attempt = step.attempts.get(commit.tier) if step else None
         return step if attempt and attempt.name == commit.attempt else None
 
-    def _attempt(self, message: Message) -> _Attempt | None:
+    def _attempt(self, message: Message) -> Attempt | None:
         """The attempt a message is about, if it is still under way."""
         step = self._steps.get(message["step"])
         attempt = step.attempts.get(message["tier"]) if step else None
         return attempt if attempt and attempt.active and attempt.name == message["attempt"] else None
 
-    def _is_complete(self, step: _Step) -> bool:
+    def _is_complete(self, step: StepProgress) -> bool:
         return len(step.sealed) == self._rules.world_size and not step.streams and not step.protected
 
     def _protect(self, number: int) -> None:
@@ -324,7 +290,7 @@ class Agreement:
         if not step.attempts:
             self._next_tier(number, source=max(step.committed, default=MEMORY))
 
-    def _can_begin(self, step: _Step, attempt: _Attempt) -> bool:
+    def _can_begin(self, step: StepProgress, attempt: Attempt) -> bool:
         return len(step.sealed) == self._rules.world_size or attempt.source != MEMORY
 
     def _resume(self, number: int) -> None:
@@ -339,7 +305,7 @@ class Agreement:
             self._begin(number, step.waiting.pop(0), source, tries=0)
 
     def _begin(self, number: int, tier: int, source: int, *, tries: int) -> None:
-        attempt = _Attempt(self._new_name(), source, tries + 1)
+        attempt = Attempt(self._new_name(), source, tries + 1)
         self._steps[number].attempts[tier] = attempt
         self._out.append(Tell(None, begin_message(number, tier, attempt=attempt.name, source=source)))
 
@@ -366,7 +332,7 @@ class Agreement:
             step.waiting.clear()
         self._next_tier(number, source=attempt.source)
 
-    def _abandon(self, number: int, tier: int, attempt: _Attempt, reason: str, *, again: bool) -> None:
+    def _abandon(self, number: int, tier: int, attempt: Attempt, reason: str, *, again: bool) -> None:
         self._tell(do="abandon", step=number, tier=tier, attempt=attempt.name, reason=reason, again=again)
 
     def _lose(self, number: int, reason: str) -> None:

@@ -11,14 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distrain.activation.manager import ActivationManager
-from distrain.planners.activation_plan import ActivationPlan, LayerPlan, Split, snap
+from distrain.planners.activation_plan import ActivationPlan
+from helpers.layer_plans import NUM_TOKENS, WAYS
 
-NUM_TOKENS, WIDTH = 256, 16
-WAYS = {
-    "memo": LayerPlan.of(snap(NUM_TOKENS, swap=0.5)),
-    "all again": LayerPlan.of(Split(recompute=NUM_TOKENS)),
-    "swap": LayerPlan.of(Split(swap=NUM_TOKENS)),
-}
+WIDTH = 16
 
 
 class Layer(nn.Module):
