@@ -19,7 +19,8 @@ HINTS: Mapping[str, str] = MappingProxyType(
         "freezer": "run as root, or in a container with a writable /sys/fs/cgroup; proc.sigstop needs neither",
         "memory": "run as root, or in a container with a writable /sys/fs/cgroup; proc.exit needs neither",
         NETWORK: netns.HINT,
-        CLOCK: "install g++, which compiles what stands before libc in the processes of the job",
+        CLOCK: "install g++, which compiles what stands before libc in the processes of the job, and have "
+        "DISTRAIN_CACHE_DIR name a folder without spaces and colons",
     }
 )
 

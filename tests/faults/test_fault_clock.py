@@ -149,3 +149,20 @@ def test_without_a_compiler_it_is_refused_before_the_job_starts(
     (problem,) = check(plan, JobShape(world_size=1))
     assert "does not allow" in problem.error
     assert "no-such-compiler" in problem.got and "g++" in problem.hint
+
+
+@pytest.mark.parametrize("folder", ["two words", "one:other"])
+def test_a_library_that_cannot_be_preloaded_is_refused_before_the_job_starts(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTRAIN_CACHE_DIR", str(tmp_path / folder))
+    (problem,) = check(FaultPlan().inject("clock.skew", ranks=[0]), JobShape(world_size=1))
+    assert folder in problem.got and "DISTRAIN_CACHE_DIR" in problem.hint
+
+
+def test_a_cache_that_is_named_from_here_is_found_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTRAIN_CACHE_DIR", "cache")
+    assert Path(clock.preload({})["LD_PRELOAD"]).is_relative_to(tmp_path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.core import native
-from distrain.core.errors import ConfigError
+from distrain.core.errors import ConfigError, MissingDependencyError
 
 from ..live import Here, Live
 from ..points import Points
@@ -27,8 +27,19 @@ _FLAGS = ("-fno-exceptions", "-Wl,--as-needed", "-ldl")
 
 
 def build() -> Path:
-    """The library, compiled unless it is there; raises MissingDependencyError."""
-    return native.find("clock", [_SOURCE], build=True, flags=_FLAGS)
+    """The library, compiled unless it is there.
+
+    Raises:
+        MissingDependencyError: it cannot be compiled, or lies where ``LD_PRELOAD`` cannot name it.
+    """
+    path = native.find("clock", [_SOURCE], build=True, flags=_FLAGS).absolute()
+    if ":" in str(path) or any(map(str.isspace, str(path))):
+        raise MissingDependencyError(
+            "the clock of a job cannot be shifted",
+            got=f"{path}, which {PRELOAD} would take apart",
+            hint="name a folder without spaces and colons: DISTRAIN_CACHE_DIR=/var/tmp/distrain",
+        )
+    return path
 
 
 def preload(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
